@@ -1,0 +1,57 @@
+"""Which code computes an operator: `reference`, `chunked` or `triton`.
+
+`choose_backend` is the one place that decides. Each `can_run_*` answers with the reason why not, so that a backend asked for by name
+can say it, and `backend_report` can list it.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+from torch import Tensor
+
+BACKENDS = ("reference", "chunked", "triton")
+
+
+def can_run_reference(x: Tensor) -> str | None:
+    """None if the reference can run on `x`, else why not. It always can."""
+    return None
+
+
+def can_run_chunked(x: Tensor) -> str | None:
+    """None if the chunked backend (plain PyTorch, any device) can run on `x`, else why not."""
+    return None
+
+
+def can_run_triton(x: Tensor) -> str | None:
+    """None if the Triton kernels can run on `x`, else why not."""
+    return "this build has no Triton kernels"
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:
+    warnings.warn(f"visionssm: a GPU tensor takes the slow chunked backend because {reason}", RuntimeWarning, stacklevel=4)
+
+
+def choose_backend(x: Tensor, name: str | None = None) -> str:
+    """The backend for an operator on `x`: `name` if given and able, else the best that can run.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend asked for by name cannot run here; the message says why.
+    """
+    able = {"reference": can_run_reference, "chunked": can_run_chunked, "triton": can_run_triton}
+    if name is not None:
+        if name not in able:
+            raise ValueError(f"backend: unknown backend {name!r}, expected one of {', '.join(BACKENDS)} or None")
+        reason = able[name](x)
+        if reason is not None:
+            raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
+        return name
+    if x.is_cuda:
+        reason = can_run_triton(x)
+        if reason is None:
+            return "triton"
+        _warn_slow(reason)
+    return "reference"  # until the two-level scan lands

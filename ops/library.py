@@ -1,0 +1,224 @@
+"""Registration with torch.library: schemas, fake implementations, autograd. The only file that knows torch.library.
+
+One operator pair carries every use of the scan. It takes one packed projection, as the model's GEMM writes it, and returns its
+gradient packed, so that neither direction permutes or concatenates in memory. `backend` is a schema argument: which code computes
+an operator is decided on real tensors, inside the implementation, and tracing never sees it.
+
+`cross_scan` and `cross_merge` are each other's gradients (they are adjoint).
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .paths import ScanPaths, parse_path
+
+_LIB = torch.library.Library("visionssm", "DEF")
+_SCAN_ARGUMENTS = (
+    "Tensor x, Tensor x_dbl, Tensor A, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
+    "str[] paths, bool dt_softplus, bool merge, {extra}str backend"
+)
+_LIB.define(
+    f"cross_selective_scan({_SCAN_ARGUMENTS.format(extra='bool return_last_state, ')})"
+    " -> (Tensor y, Tensor last_state, Tensor states)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIB.define(
+    f"cross_selective_scan_backward(Tensor dy, Tensor states, {_SCAN_ARGUMENTS.format(extra='')})"
+    " -> (Tensor dx, Tensor dx_dbl, Tensor dA, Tensor dD, Tensor ddt_weight, Tensor ddt_bias)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_PATH_ARGUMENTS = "str[] paths, SymInt height, SymInt width, SymInt? token_at"
+_LIB.define(f"cross_scan(Tensor x, {_PATH_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_LIB.define(f"cross_merge(Tensor ys, {_PATH_ARGUMENTS}, bool merge) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+
+
+def _backend(name: str) -> ModuleType:
+    """The module that computes for backend `name`; imported on first use, so that importing visionssm loads no kernel."""
+    return importlib.import_module({"chunked": ".chunked", "triton": ".kernels"}[name], __package__)
+
+
+# --- the scan ---------------------------------------------------------------------------------------------------------
+
+
+def _scan(
+    x: Tensor,
+    x_dbl: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    paths: list[str],
+    dt_softplus: bool,
+    merge: bool,
+    return_last_state: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `cross_selective_scan_packed` in api.py; x is (batch, 1 or K, H, W, C) here.
+
+    Returns y (batch, H, W, C) or (batch, K, H, W, C), last_state (batch, K, C, N) float32 (float64 for float64 input) or empty,
+    and `states`, whatever the backend keeps for its backward (at most the states at chunk boundaries).
+    """
+    return _backend(backend).forward(x, x_dbl, A, D, dt_weight, dt_bias, tuple(paths), dt_softplus, merge, return_last_state)
+
+
+def _scan_fake(
+    x: Tensor,
+    x_dbl: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    paths: list[str],
+    dt_softplus: bool,
+    merge: bool,
+    return_last_state: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, height, width, channels = x.shape
+    k, _, state = A.shape
+    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.new_empty((batch, height, width, channels) if merge else (batch, k, height, width, channels))
+    last_state = x.new_empty((batch, k, channels, state) if return_last_state else (0,), dtype=kept)
+    states = x.new_empty(_backend(backend).states_shape(batch, k, height, width, channels, state), dtype=kept)
+    return y, last_state, states
+
+
+def _scan_backward(
+    dy: Tensor,
+    states: Tensor,
+    x: Tensor,
+    x_dbl: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    paths: list[str],
+    dt_softplus: bool,
+    merge: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, x_dbl, A, D, dt_weight, dt_bias in their dtypes; a zero-size tensor for an input that is None."""
+    return _backend(backend).backward(dy, states, x, x_dbl, A, D, dt_weight, dt_bias, tuple(paths), dt_softplus, merge)
+
+
+def _scan_backward_fake(
+    dy: Tensor,
+    states: Tensor,
+    x: Tensor,
+    x_dbl: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    paths: list[str],
+    dt_softplus: bool,
+    merge: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, x_dbl, A, D, dt_weight, dt_bias))
+
+
+def _scan_setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
+    tensors, ctx.options = inputs[:6], (*inputs[6:9], inputs[10])
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _scan_autograd(ctx: object, dy: Tensor | None, *_: None) -> tuple:
+    *tensors, states = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 11
+    grads = torch.ops.visionssm.cross_selective_scan_backward(dy, states, *tensors, *ctx.options)
+    kept = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:6], strict=True))
+    return (*kept, *(None,) * 5)
+
+
+def _no_double_backward(ctx: object, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "visionssm: cross_selective_scan has no second derivative on this backend; pass backend='reference' for double backward"
+    )
+
+
+torch.library.impl("visionssm::cross_selective_scan", "CompositeExplicitAutograd", lib=_LIB)(_scan)
+torch.library.impl("visionssm::cross_selective_scan_backward", "CompositeExplicitAutograd", lib=_LIB)(_scan_backward)
+torch.library.register_fake("visionssm::cross_selective_scan", _scan_fake, lib=_LIB)
+torch.library.register_fake("visionssm::cross_selective_scan_backward", _scan_backward_fake, lib=_LIB)
+torch.library.register_autograd("visionssm::cross_selective_scan", _scan_autograd, setup_context=_scan_setup_context, lib=_LIB)
+torch.library.register_autograd("visionssm::cross_selective_scan_backward", _no_double_backward, lib=_LIB)
+
+
+# --- moving between image order and path order -------------------------------------------------------------------------
+
+
+def _paths(paths: list[str], height: int, width: int, token_at: int | None) -> ScanPaths:
+    return ScanPaths(tuple(paths), (height, width), token_at)
+
+
+def _length(paths: list[str], height: int, width: int, token_at: int | None) -> int:
+    """L' without building a table, so that it also works on symbolic sizes."""
+    lengths = []
+    for name in paths:
+        k = max(parse_path(name).window, 1)
+        lengths.append(((height + k - 1) // k) * ((width + k - 1) // k) * k * k)
+    longest = lengths[0]
+    for length in lengths[1:]:
+        longest = torch.sym_max(longest, length)
+    return longest + (token_at is not None)
+
+
+def _cross_scan(x: Tensor, paths: list[str], height: int, width: int, token_at: int | None) -> Tensor:
+    """(batch, 1 or K, positions, C) -> (batch, K, L', C), zeros at padded steps."""
+    table = _paths(paths, height, width, token_at).table
+    index = torch.from_numpy(table.clip(min=0)).to(x.device)
+    shared = x.shape[1] == 1
+    steps = torch.stack([x[:, 0 if shared else k].index_select(1, index[k]) for k in range(len(paths))], dim=1)
+    if (table < 0).any():
+        steps.masked_fill_(torch.from_numpy(table < 0).to(x.device)[..., None], 0.0)
+    return steps
+
+
+def _cross_scan_fake(x: Tensor, paths: list[str], height: int, width: int, token_at: int | None) -> Tensor:
+    return x.new_empty(x.shape[0], len(paths), _length(paths, height, width, token_at), x.shape[-1])
+
+
+def _cross_merge(ys: Tensor, paths: list[str], height: int, width: int, token_at: int | None, merge: bool) -> Tensor:
+    """(batch, K, L', C) -> (batch, 1, positions, C), or (batch, K, positions, C) unmerged."""
+    inverse = torch.from_numpy(_paths(paths, height, width, token_at).inverse.copy()).to(ys.device)
+    maps = torch.stack([ys[:, k].index_select(1, inverse[k]) for k in range(len(paths))], dim=1)
+    return maps.sum(1, keepdim=True) if merge else maps  # the sum of 16-bit maps accumulates in float32
+
+
+def _cross_merge_fake(ys: Tensor, paths: list[str], height: int, width: int, token_at: int | None, merge: bool) -> Tensor:
+    positions = height * width + (token_at is not None)
+    return ys.new_empty(ys.shape[0], 1 if merge else len(paths), positions, ys.shape[-1])
+
+
+def _cross_scan_setup_context(ctx: object, inputs: tuple, output: Tensor) -> None:
+    ctx.paths, ctx.shared = inputs[1:], inputs[0].shape[1] == 1
+
+
+def _cross_scan_autograd(ctx: object, dsteps: Tensor) -> tuple:
+    return torch.ops.visionssm.cross_merge(dsteps, *ctx.paths, ctx.shared), None, None, None, None
+
+
+def _cross_merge_setup_context(ctx: object, inputs: tuple, output: Tensor) -> None:
+    ctx.paths = inputs[1:5]
+
+
+def _cross_merge_autograd(ctx: object, dmaps: Tensor) -> tuple:
+    return torch.ops.visionssm.cross_scan(dmaps, *ctx.paths), None, None, None, None, None
+
+
+for _name, _impl, _fake, _autograd, _setup in (
+    ("cross_scan", _cross_scan, _cross_scan_fake, _cross_scan_autograd, _cross_scan_setup_context),
+    ("cross_merge", _cross_merge, _cross_merge_fake, _cross_merge_autograd, _cross_merge_setup_context),
+):
+    torch.library.impl(f"visionssm::{_name}", "CompositeExplicitAutograd", lib=_LIB)(_impl)
+    torch.library.register_fake(f"visionssm::{_name}", _fake, lib=_LIB)
+    torch.library.register_autograd(f"visionssm::{_name}", _autograd, setup_context=_setup, lib=_LIB)
