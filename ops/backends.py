@@ -1,7 +1,7 @@
 """Which code computes an operator: `reference`, `chunked` or `triton`.
 
-`choose_backend` is the one place that decides. Each `can_run_*` answers with the reason why not, so that a backend asked for by name
-can say it, and `backend_report` can list it.
+`choose_backend` is the one place that decides. Each `can_run_*` answers with the reason why not, so that a backend asked for by
+name can say it, and `backend_report` can list it.
 """
 
 from __future__ import annotations
