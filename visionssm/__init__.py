@@ -3,6 +3,7 @@
 Importing the package registers every model with timm. It prints nothing and loads no kernel.
 """
 
+from . import models as models
 from ._version import __version__
 
 __all__ = ["__version__"]

@@ -1,4 +1,4 @@
-"""Initial values of a selective state-space layer's parameters, in place, for any stacking of leading axes.
+"""A selective state-space layer's parameters: initial values, in place, for any stacking of leading axes, and A from its logarithm.
 
 Source: Mamba (arXiv 2312.00752, section 3.6 and appendix E.2), S4D-Real for `A`.
 """
@@ -6,7 +6,14 @@ Source: Mamba (arXiv 2312.00752, section 3.6 and appendix E.2), S4D-Real for `A`
 import math
 
 import torch
+from timm.layers import register_notrace_function
 from torch import Tensor
+
+
+@register_notrace_function
+def A_from_log(A_log: Tensor) -> Tensor:
+    """A = -exp(A_log), at least in float32: a decay rate rounded to 16 bits would be compounded over the whole sequence."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 @torch.no_grad()
