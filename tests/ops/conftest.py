@@ -1,0 +1,23 @@
+"""What every operator test gets: the golden files on the path, and memory that is never accidentally right."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill torch.empty with NaN, so that an operator that leaves an output unwritten fails."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "chunked"])
+def backend(request):
+    """Every backend that runs on a CPU."""
+    return request.param
