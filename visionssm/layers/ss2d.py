@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visionssm.layers.ssm_init import A_from_log, init_A_log_, init_dt_bias_, init_dt_weight_, init_linear_
 from visionssm.ops import CROSS, cross_selective_scan_packed
+from visionssm.ops.paths import check_names
 
 
 class SS2D(nn.Module):
@@ -45,7 +46,7 @@ class SS2D(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         inner, k, rank = int(ssm_ratio * dim), len(paths), math.ceil(dim / 16)
-        self.paths = tuple(paths)
+        self.paths = check_names(paths)
         self.d_state, self.dt_rank, self.gate = d_state, rank, gate
 
         self.in_proj = nn.Linear(dim, inner * 2 if gate else inner, bias=False, **dd)
