@@ -1,3 +1,5 @@
 """The model families; importing this package registers them with timm."""
 
+from .local_vim import LocalVim as LocalVim
+from .vim import VisionMamba as VisionMamba
 from .vmamba import VMamba as VMamba
