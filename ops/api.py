@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks, reference
 from .backends import choose_backend
-from .paths import ScanPaths
+from .paths import ScanPaths, check_size, path_length
 
 
 def selective_scan(
@@ -54,7 +54,10 @@ def selective_scan(
         ValueError: shapes that do not fit, an unknown backend.
         RuntimeError: the backend asked for cannot run here.
     """
-    checks.check_floating(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    checks.check_tensors(
+        {"u": u, "delta": delta, "A": A, "B": B, "C": C},
+        {"D": D, "z": z, "delta_bias": delta_bias},
+    )
     checks.check_bool(delta_softplus=delta_softplus, return_last_state=return_last_state)
     checks.check_rank("u", u, {3: "(batch, dim, length)"})
     checks.check_rank("A", A, {2: "(dim, state)"})
@@ -65,15 +68,15 @@ def selective_scan(
     layout = (("batch", batch), ("dim", dim), ("length", length))
     checks.check_shape("delta", delta, layout)
     checks.check_shape("A", A, (("dim", dim), ("state", state)))
+    checks.check_rank("B", B, {3: "(batch, state, length)", 4: "(batch, groups, state, length)"})
+    groups = B.shape[1] if B.dim() == 4 else 1
+    if groups == 0 or dim % groups:
+        raise ValueError(f"B: has {groups} groups, expected a divisor of dim = {dim}")
     for name, m in (("B", B), ("C", C)):
-        checks.check_rank(name, m, {3: "(batch, state, length)", 4: "(batch, groups, state, length)"})
-        groups = m.shape[1] if m.dim() == 4 else 1
-        if groups == 0 or dim % groups:
-            raise ValueError(f"{name}: has {groups} groups, which do not divide dim = {dim}")
-        axes = (("batch", batch), ("groups", groups), ("state", state), ("length", length))
-        checks.check_shape(name, m, axes if m.dim() == 4 else (axes[0], *axes[2:]))
-    B, C = (m if m.dim() == 4 else m.unsqueeze(1) for m in (B, C))
-    checks.check_axis("C", "groups", C.shape[1], B.shape[1], "the groups of B")
+        if m.dim() == 3 and groups == 1:
+            checks.check_shape(name, m, (("batch", batch), ("state", state), ("length", length)))
+        else:
+            checks.check_shape(name, m, (("batch", batch), ("groups", groups), ("state", state), ("length", length)))
     checks.check_shape("D", D, (("dim", dim),))
     checks.check_shape("z", z, layout)
     checks.check_shape("delta_bias", delta_bias, (("dim", dim),))
@@ -81,7 +84,7 @@ def selective_scan(
     if backend == "reference":
         return reference.selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
-    groups = B.shape[1]
+    B, C = (m if m.dim() == 4 else m.unsqueeze(1) for m in (B, C))
     split = (groups, dim // groups)
     y, last_state = _scan(
         u.unflatten(1, split).mT.unsqueeze(2),  # (batch, groups, 1, length, dim / groups)
@@ -90,7 +93,7 @@ def selective_scan(
         None if D is None else D.unflatten(0, split),
         None,
         None if delta_bias is None else delta_bias.unflatten(0, split),
-        ("h",) * groups,
+        tuple("h" for _ in range(groups)),  # not ("h",) * groups, which a symbolic number cannot do
         delta_softplus,
         False,
         return_last_state,
@@ -151,7 +154,7 @@ def cross_selective_scan(
         ValueError: shapes that do not fit, an unknown path, order or backend.
         RuntimeError: the backend asked for cannot run here.
     """
-    checks.check_floating(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_weight=dt_weight, dt_bias=dt_bias)
+    checks.check_tensors({"x": x, "dt": dt, "A": A, "B": B, "C": C}, {"D": D, "dt_weight": dt_weight, "dt_bias": dt_bias})
     checks.check_rank("A", A, {3: "(K, C, N)"})
     if order == "image":
         checks.check_rank("x", x, {4: "(batch, H, W, C)", 5: "(batch, K, H, W, C)"})
@@ -168,7 +171,7 @@ def cross_selective_scan(
     else:
         raise ValueError(f'order: got {order!r}, expected "image" or "scan"')
     k, channels, state, batch = len(names), x.shape[-1], A.shape[2], x.shape[0]
-    rank = channels if dt_weight is None else dt_weight.shape[-1]
+    rank = _rank(dt_weight, channels)
     for name, m, last in (
         ("dt", dt, ("R" if dt_weight is not None else "C", rank)),
         ("B", B, ("N", state)),
@@ -223,7 +226,7 @@ def cross_selective_scan_packed(
     Raises:
         TypeError, ValueError, RuntimeError: as in `cross_selective_scan`.
     """
-    checks.check_floating(x=x, x_dbl=x_dbl, A=A, D=D, dt_weight=dt_weight, dt_bias=dt_bias)
+    checks.check_tensors({"x": x, "x_dbl": x_dbl, "A": A}, {"D": D, "dt_weight": dt_weight, "dt_bias": dt_bias})
     checks.check_rank("x", x, {4: "(batch, H, W, C)", 5: "(batch, K, H, W, C)"})
     checks.check_rank("A", A, {3: "(K, C, N)"})
     batch, height, width, channels = x.shape[0], *x.shape[-3:]
@@ -231,7 +234,7 @@ def cross_selective_scan_packed(
     if isinstance(paths, ScanPaths) and paths.token_at is not None:
         raise ValueError("paths: token_at is for cross_scan and cross_merge; an image-order scan has no inserted token")
     k, state = len(names), A.shape[2]
-    rank = channels if dt_weight is None else dt_weight.shape[-1]
+    rank = _rank(dt_weight, channels)
     width_of = "R + 2N" if dt_weight is not None else "C + 2N"
     checks.check_shape("x_dbl", x_dbl, (("batch", batch), ("H", height), ("W", width), ("K", k), (width_of, rank + 2 * state)))
     _check_parameters(x, A, D, dt_weight, dt_bias, k, rank)
@@ -264,7 +267,7 @@ def cross_scan(x: Tensor, paths: tuple[str, ...] | ScanPaths) -> Tensor:
         TypeError: `x` is not real floating point.
         ValueError: shapes that do not fit, an unknown path.
     """
-    checks.check_floating(x=x)
+    checks.check_tensors({"x": x})
     if isinstance(paths, ScanPaths):
         checks.check_rank("x", x, {4: "(batch, H, W, C)", 3: "(batch, positions, C)"})
         if x.dim() == 4:
@@ -298,22 +301,34 @@ def cross_merge(ys: Tensor, paths: tuple[str, ...] | ScanPaths, size: tuple[int,
         TypeError: `ys` is not real floating point.
         ValueError: shapes that do not fit, an unknown path, no size.
     """
-    checks.check_floating(ys=ys)
+    checks.check_tensors({"ys": ys})
     checks.check_bool(merge=merge)
     checks.check_rank("ys", ys, {4: "(batch, K, L', C)"})
-    if not isinstance(paths, ScanPaths):
-        if size is None:
-            raise ValueError("size: expected (H, W), got None; only a ScanPaths knows the size of its map")
-        paths = ScanPaths(checks.path_names(paths), tuple(size))
-    elif size is not None:
-        checks.path_names(paths, tuple(size))
-    checks.check_axis("ys", "K", ys.shape[1], len(paths), "the number of paths")
-    checks.check_axis("ys", "L'", ys.shape[2], paths.length, "the longest of paths")
+    names, token_at = checks.path_names(paths), None
+    if isinstance(paths, ScanPaths):
+        if size is not None:
+            checks.path_names(paths, check_size("size", size))
+        size, token_at = paths.size, paths.token_at
+    elif size is None:
+        raise ValueError("size: expected (H, W), got None; only a ScanPaths knows the size of its map")
+    size = check_size("size", size)
+    length = max(path_length(name, *size) for name in names) + int(token_at is not None)
+    checks.check_axis("ys", "K", ys.shape[1], len(names), "the number of paths")
+    checks.check_axis("ys", "L'", ys.shape[2], length, "the longest of paths")
     checks.check_positive("ys", ys)
-    maps = torch.ops.visionssm.cross_merge(ys, list(paths.names), *paths.size, paths.token_at, merge)
-    if paths.token_at is None:
-        maps = maps.unflatten(2, paths.size)
+    maps = torch.ops.visionssm.cross_merge(ys, list(names), *size, token_at, merge)
+    if token_at is None:
+        maps = maps.unflatten(2, size)
     return maps.squeeze(1) if merge else maps
+
+
+def _rank(dt_weight: Tensor | None, channels: int) -> int:
+    """Size of the last axis of dt: R, or C when the step comes at full width."""
+    if dt_weight is None:
+        return channels
+    checks.check_rank("dt_weight", dt_weight, {3: "(K, C, R)"})
+    checks.check_positive("dt_weight", dt_weight)
+    return dt_weight.shape[2]
 
 
 def _check_parameters(

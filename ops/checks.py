@@ -7,21 +7,29 @@ from torch import Tensor
 
 from .paths import ScanPaths, check_names
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def check_floating(**tensors: Tensor | None) -> None:
-    """Each tensor is real floating point and on the device of the first."""
-    device = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+
+def check_tensors(required: dict[str, object], optional: dict[str, object] | None = None) -> None:
+    """Each is a real floating-point tensor (an optional one may be None), on one device; float64 does not mix with 16 bits.
+
+    In a mix of float64 and 16 bits the result would silently lack the precision that the caller asked for.
+    """
+    first_name, first = next(iter(required.items()))
+    present = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
+    for name, tensor in (required | present).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a real floating-point tensor, got {tensor.dtype}")
-        if device is None:
-            first, device = name, tensor.device
-        elif tensor.device != device:
-            raise ValueError(f"{name}: is on {tensor.device}, expected {device}, where {first} is")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected a float16, bfloat16, float32 or float64 tensor, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: is on {tensor.device}, expected {first.device}, where {first_name} is")
+    dtypes = {name: tensor.dtype for name, tensor in (required | present).items()}
+    if torch.float64 in dtypes.values():
+        for name, dtype in dtypes.items():
+            if dtype in (torch.float16, torch.bfloat16):
+                wide = next(other for other, d in dtypes.items() if d == torch.float64)
+                raise TypeError(f"{name}: is {dtype} beside float64 {wide}; expected both in one dtype, or one of them in float32")
 
 
 def check_shape(name: str, tensor: Tensor | None, expected: tuple[tuple[str, int], ...]) -> None:
@@ -67,13 +75,6 @@ def check_bool(**flags: bool) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name}: expected True or False, got {flag!r}")
-
-
-def check_same_dtype_family(**tensors: Tensor | None) -> None:
-    """float64 does not mix with 16 bits: the result would silently lose what the caller asked for."""
-    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
-    if torch.float64 in dtypes.values() and {torch.float16, torch.bfloat16} & set(dtypes.values()):
-        raise TypeError(f"float64 and 16-bit tensors in one call: {', '.join(f'{n} {d}' for n, d in dtypes.items())}")
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -9,13 +9,14 @@ an operator is decided on real tensors, inside the implementation, and tracing n
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .paths import ScanPaths, parse_path
+from .paths import ScanPaths, path_length
 
 _LIB = torch.library.Library("visionssm", "DEF")
 _SCAN_ARGUMENTS = (
@@ -60,7 +61,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `cross_selective_scan_packed` in api.py; x is (batch, 1 or K, H, W, C) here.
 
-    Returns y (batch, H, W, C) or (batch, K, H, W, C), last_state (batch, K, C, N) float32 (float64 for float64 input) or empty,
+    Returns y (batch, H, W, C) or (batch, K, H, W, C), last_state (batch, K, C, N) float32 (float64 if any input is) or empty,
     and `states`, whatever the backend keeps for its backward (at most the states at chunk boundaries).
     """
     return _backend(backend).forward(x, x_dbl, A, D, dt_weight, dt_bias, tuple(paths), dt_softplus, merge, return_last_state)
@@ -81,7 +82,8 @@ def _scan_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, height, width, channels = x.shape
     k, _, state = A.shape
-    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tensors = (x, x_dbl, A, D, dt_weight, dt_bias)
+    kept = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     y = x.new_empty((batch, height, width, channels) if merge else (batch, k, height, width, channels))
     last_state = x.new_empty((batch, k, channels, state) if return_last_state else (0,), dtype=kept)
     states = x.new_empty(_backend(backend).states_shape(batch, k, height, width, channels, state), dtype=kept)
@@ -161,15 +163,8 @@ def _paths(paths: list[str], height: int, width: int, token_at: int | None) -> S
 
 
 def _length(paths: list[str], height: int, width: int, token_at: int | None) -> int:
-    """L' without building a table, so that it also works on symbolic sizes."""
-    lengths = []
-    for name in paths:
-        k = max(parse_path(name).window, 1)
-        lengths.append(((height + k - 1) // k) * ((width + k - 1) // k) * k * k)
-    longest = lengths[0]
-    for length in lengths[1:]:
-        longest = torch.sym_max(longest, length)
-    return longest + (token_at is not None)
+    """L' from arithmetic alone, so that it also works on symbolic sizes."""
+    return functools.reduce(torch.sym_max, (path_length(name, height, width) for name in paths)) + int(token_at is not None)
 
 
 def _cross_scan(x: Tensor, paths: list[str], height: int, width: int, token_at: int | None) -> Tensor:
@@ -195,7 +190,7 @@ def _cross_merge(ys: Tensor, paths: list[str], height: int, width: int, token_at
 
 
 def _cross_merge_fake(ys: Tensor, paths: list[str], height: int, width: int, token_at: int | None, merge: bool) -> Tensor:
-    positions = height * width + (token_at is not None)
+    positions = height * width + int(token_at is not None)
     return ys.new_empty(ys.shape[0], 1 if merge else len(paths), positions, ys.shape[-1])
 
 

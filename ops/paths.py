@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 CROSS = ("h", "v", "h_flip", "v_flip")
 """VMamba's four directions, in the order of its weights."""
@@ -76,6 +77,12 @@ def path_table(name: str, height: int, width: int) -> np.ndarray:
     return table
 
 
+def path_length(name: str, height: int, width: int) -> int:
+    """Steps of one path, window padding included; arithmetic alone, so that the sizes may be symbolic."""
+    k = max(parse_path(name).window, 1)
+    return ((height + k - 1) // k) * ((width + k - 1) // k) * k * k
+
+
 @dataclass(frozen=True)
 class ScanPaths:
     """K scan paths over one `size` = (H, W) map.
@@ -84,7 +91,7 @@ class ScanPaths:
         names: K path names; a name may repeat.
         size: height and width of the map, both at least 1.
         token_at: insert one extra token (a class token) as step `token_at` of every sequence. The map is then given flat,
-            `(batch, H * W + 1, C)`, with that token at the same index `token_at` of the raster order (LocalMamba's middle class token).
+            `(batch, H * W + 1, C)`, with that token at the same index of the raster order (LocalMamba's middle class token).
 
     Raises:
         ValueError: an unknown name, no name at all, an empty map, or a `token_at` outside 0..H*W.
@@ -96,26 +103,29 @@ class ScanPaths:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", check_names(self.names))
-        height, width = (int(side) for side in self.size)
-        object.__setattr__(self, "size", (height, width))
-        if height < 1 or width < 1:
-            raise ValueError(f"paths: a map of {height} x {width} has no position; expected height and width of at least 1")
-        if self.token_at is not None and not 0 <= self.token_at <= height * width:
-            raise ValueError(f"paths: token_at is {self.token_at}, expected 0 to {height * width} (H * W)")
+        object.__setattr__(self, "size", check_size("paths", self.size))
+        if self.token_at is not None:
+            positions = self.size[0] * self.size[1]
+            if not _is_integer(self.token_at) or not 0 <= self.token_at <= positions:
+                raise ValueError(f"paths: token_at is {self.token_at!r}, expected None or an index from 0 to {positions} (H * W)")
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
+    def inserted(self) -> int:
+        """1 with an inserted token, else 0."""
+        return int(self.token_at is not None)
+
+    @property
     def positions(self) -> int:
         """Positions of the raster order: H * W, and one more with an inserted token."""
-        return self.size[0] * self.size[1] + (self.token_at is not None)
+        return self.size[0] * self.size[1] + self.inserted
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Steps of each path, window padding included."""
-        extra = self.token_at is not None
-        return tuple(len(path_table(name, *self.size)) + extra for name in self.names)
+        return tuple(path_length(name, *self.size) + self.inserted for name in self.names)
 
     @property
     def length(self) -> int:
@@ -157,3 +167,17 @@ def check_names(names: object) -> tuple[str, ...]:
     for name in names:
         parse_path(name)
     return tuple(names)
+
+
+def check_size(argument: str, size: object) -> tuple[int, int]:
+    """(H, W) as a tuple; anything but two positive integers is a ValueError that names `argument`."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(_is_integer(side) for side in size):
+        raise ValueError(f"{argument}: expected a map size (H, W) of two integers, got {size!r}")
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(f"{argument}: a map of {size[0]} x {size[1]} has no position; expected height and width of at least 1")
+    return tuple(side.item() if isinstance(side, np.integer) else side for side in size)
+
+
+def _is_integer(value: object) -> bool:
+    """Also numpy's and symbolic integers, but no bool."""
+    return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
