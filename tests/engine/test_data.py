@@ -1,0 +1,102 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from visionssm.engine import ConfigError, Digits, ImageFolder
+from visionssm.engine.data import IGNORED, collate
+from visionssm.engine.launch import main_train
+
+FOLDER = "classification/vmamba-nano_imagefolder"
+
+
+def test_digits_split_is_fixed_stratified_and_disjoint():
+    train, test = Digits("train"), Digits("test")
+    assert (len(train), len(test)) == (1437, 360)
+    counts = np.bincount(test.labels)
+    assert counts.min() >= 35
+    assert counts.max() <= 37
+    assert test.labels == Digits("test").labels
+    assert len({image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}) == 0
+
+
+def test_digits_sample():
+    sample = Digits("test", input_size=32)[0]
+    assert sample["image"].shape == (3, 32, 32)
+    assert sample["image"].dtype == torch.uint8
+    assert sample["image"].max() > 200
+    assert Digits("test", input_size=(24, 40))[0]["image"].shape == (3, 24, 40)
+    with pytest.raises(ConfigError, match="split: got 'val'"):
+        Digits("val")
+
+
+def test_folder_classes_and_batch(photographs):
+    dataset = ImageFolder(str(photographs), "test", input_size=32)
+    assert dataset.metainfo["classes"] == ("bright", "dark")
+    batch = next(iter(DataLoader(dataset, batch_size=4, collate_fn=collate)))
+    assert batch["images"].shape == (4, 3, 32, 32)
+    assert batch["labels"].tolist() == [0, 0, 1, 1]
+    assert batch["images"][0].float().mean() > 150 > 100 > batch["images"][3].float().mean()
+
+
+def test_a_class_missing_in_test_keeps_its_index(photographs):
+    for file in (photographs / "test/bright").iterdir():
+        file.unlink()
+    (photographs / "test/bright").rmdir()
+    dataset = ImageFolder(str(photographs), "test", input_size=32)
+    assert {dataset[index]["label"] for index in range(len(dataset))} == {1}
+
+
+def test_folder_errors(photographs, tmp_path):
+    with pytest.raises(ConfigError, match=r"photographs: holds test, train, val; expected the split 'validation' in it"):
+        ImageFolder(str(photographs), "validation")
+    (tmp_path / "empty/train/cat").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"no images in .*empty/train/<class>/; files looked for: .*\.jpg"):
+        ImageFolder(str(tmp_path / "empty"), "train")
+    (photographs / "val/dark/deep").mkdir()
+    with pytest.raises(ConfigError, match=r"val/dark holds folders \(deep\); images must lie directly in it"):
+        ImageFolder(str(photographs), "val")
+    (photographs / "test/grey").mkdir()
+    with pytest.raises(ConfigError, match=r"holds classes that .*train lacks: grey"):
+        ImageFolder(str(photographs), "test")
+
+
+def break_images(folder, count):
+    files = sorted(folder.glob("*.jpg"))[:count]
+    files[0].write_bytes(b"no image at all")
+    for file in files[1:]:
+        file.write_bytes(file.read_bytes()[:200])  # ends in the middle of the pixels
+    return [str(file) for file in files]
+
+
+def test_unreadable_images(photographs):
+    broken = break_images(photographs / "train/bright", 2)
+    train = ImageFolder(str(photographs), "train", input_size=32)
+    assert train[0]["unreadable"] == tuple(broken)  # the third image stands in
+    assert train[0]["label"] == 0
+    assert train[0]["image"].float().mean() > 100
+    broken = break_images(photographs / "test/dark", 1)
+    test = ImageFolder(str(photographs), "test", input_size=32)
+    assert [test[index]["label"] for index in range(4)] == [0, 0, IGNORED, 1]
+    assert test[2]["unreadable"] == tuple(broken)
+
+
+def test_no_readable_image_left(photographs):
+    for name in ("bright", "dark"):
+        break_images(photographs / "train" / name, 6)
+    with pytest.raises(ConfigError, match=r"none of the 12 images in .*train can be read"):
+        ImageFolder(str(photographs), "train", input_size=32)[3]
+
+
+def test_training_counts_unreadable_images(photographs, tmp_path, capsys):
+    broken = break_images(photographs / "train/bright", 2) + break_images(photographs / "test/dark", 1)
+    options = [f"data_root={photographs}", "input_size=32", "model.backbone.model_name=test_resnet", "train_cfg.max_epochs=1"]
+    options += [f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test")]
+    assert main_train([str(FOLDER), "--work-dir", str(tmp_path / "work"), "--cfg-options", *options]) == 0
+    out = capsys.readouterr().out
+    listing = re.search(r"^3 images could not be read and were skipped: (.*unreadable\.txt)$", out, re.MULTILINE).group(1)
+    with open(listing, encoding="utf-8") as file:
+        assert sorted(file.read().splitlines()) == sorted(broken)
+    assert re.search(r"^top-1: (0\.0|33\.3|66\.7|100\.0) %$", out, re.MULTILINE)  # of the three images that are left

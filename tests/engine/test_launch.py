@@ -1,0 +1,193 @@
+"""Whole runs: train, resume, interrupt, test."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from visionssm.engine.config import find_config
+from visionssm.engine.launch import INTERRUPTED, main_test, main_train, newest_checkpoint
+
+DIGITS = "classification/vmamba-nano_digits"
+FOLDER = "classification/vmamba-nano_imagefolder"
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def state(checkpoint):
+    return torch.load(checkpoint, weights_only=False)["state_dict"]  # the file was written by this test
+
+
+def test_train_then_test(tiny, capsys):
+    config, work = tiny
+    assert main_train([str(config), "--work-dir", str(work)]) == 0
+    out = capsys.readouterr().out
+    accuracy = re.search(r"^top-1: (\d+\.\d) %$", out, re.MULTILINE).group(1)
+    assert re.search(r"epoch 2/2  loss \d+\.\d+  accuracy \d+\.\d  val top1 \d+\.\d  left 0:00:00", out)
+    assert "WARNING" not in out
+    (log,) = work.glob("*/*.log")
+    for place in (work / "epoch_2.pth", work / "predictions.png", work / "timm", log):
+        assert place.exists()
+        assert str(place) in out
+    assert "Epoch(train) [2]" in log.read_text() or "Epoch(val) [2]" in log.read_text()
+    assert not list(work.glob("*.partial"))
+
+    assert main_test([str(config), str(work / "epoch_2.pth"), "--work-dir", str(work / "test")]) == 0
+    assert f"top-1: {accuracy} %" in capsys.readouterr().out
+
+
+def test_exported_weights_are_the_trained_ones(tiny):
+    config, work = tiny
+    main_train([str(config), "--work-dir", str(work), "--cfg-options", "train_cfg.max_epochs=1"])
+    model = timm.create_model(f"local-dir:{work / 'timm'}", pretrained=True)
+    trained = state(work / "epoch_1.pth")
+    assert {f"backbone.{name}" for name in model.state_dict()} == set(trained)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, trained[f"backbone.{name}"], rtol=0, atol=0)
+    assert model.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+def test_resume_ends_where_an_uninterrupted_run_ends(tiny, capsys):
+    config, work = tiny
+    main_train([str(config), "--work-dir", str(work)])
+    resumed = work.with_name("resumed")
+    resumed.mkdir()
+    shutil.copy(work / "epoch_1.pth", resumed)
+    assert main_train([str(config), "--work-dir", str(resumed), "--resume"]) == 0
+    assert f"resuming from {resumed / 'epoch_1.pth'}" in capsys.readouterr().out
+    expected, got = state(work / "epoch_2.pth"), state(resumed / "epoch_2.pth")
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=0)
+
+
+def test_resume_without_a_checkpoint_starts_anew(tiny, capsys):
+    config, work = tiny
+    assert main_train([str(config), "--work-dir", str(work), "--resume", "--cfg-options", "train_cfg.max_epochs=1"]) == 0
+    assert f"no checkpoint in {work} yet: starting anew" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint(tiny):
+    config, work = tiny
+    command = [sys.executable, str(TOOLS / "train.py"), str(config), "--work-dir", str(work)]
+    process = subprocess.Popen(
+        [*command, "--cfg-options", "train_cfg.max_epochs=10000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while newest_checkpoint(work) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == INTERRUPTED, err
+    assert "Traceback" not in err
+    last = out.splitlines()[-1]
+    assert re.match(r"interrupted in epoch \d+ of 10000: last checkpoint .*epoch_\d+\.pth; go on with: .* --resume$", last)
+    assert not list(work.glob("*.partial"))
+    epoch = int(re.search(r"epoch_(\d+)", newest_checkpoint(work)).group(1))
+    assert main_train([str(config), "--work-dir", str(work), "--resume", "--cfg-options", f"train_cfg.max_epochs={epoch + 1}"]) == 0
+    assert (work / f"epoch_{epoch + 1}.pth").exists()
+
+
+def test_a_failed_write_keeps_the_last_checkpoint(tiny, monkeypatch):
+    config, work = tiny
+    save = torch.save
+
+    def failing(checkpoint, file, *args, **kwargs):
+        if checkpoint["meta"]["epoch"] == 2:
+            raise OSError("No space left on device")
+        save(checkpoint, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="No space left"):
+        main_train([str(config), "--work-dir", str(work), "--cfg-options", "default_hooks.checkpoint.max_keep_ckpts=2"])
+    assert newest_checkpoint(work) == str(work / "epoch_1.pth")
+    assert state(work / "epoch_1.pth")
+    assert not list(work.glob("*.partial"))
+
+
+def test_checkpoint_of_another_model(tiny, capsys):
+    config, work = tiny
+    main_train([str(config), "--work-dir", str(work), "--cfg-options", "train_cfg.max_epochs=1"])
+    checkpoint = str(work / "epoch_1.pth")
+    other = ["--work-dir", str(work / "other"), "--cfg-options", "model.backbone.model_name=test_vit", "model.backbone.img_size=32"]
+    assert main_test([str(config), checkpoint, *other]) == 2
+    err = capsys.readouterr().err
+    assert len(err.strip().splitlines()) == 1
+    assert "is not of this model" in err
+    assert "unexpected key" in err
+    assert "missing keys" in err
+    assert "more" in err
+
+
+def test_missing_checkpoint(tiny, capsys):
+    config, work = tiny
+    assert main_test([str(config), "nowhere.pth", "--work-dir", str(work)]) == 2
+    assert "checkpoint: no such file: nowhere.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("modle.backbone.model_name=x", "--cfg-options modle.*: the config has no 'modle'; did you mean model"),
+        ("model.backbon.model_name=x", "--cfg-options model.backbon.*: model has no 'backbon'; did you mean backbone"),
+        ("train_dataloder=x", "--cfg-options train_dataloder: the config has no .*; did you mean train_dataloader"),
+        ("model.label_smoothing.x=1", "model.label_smoothing is 0.1 and has no keys"),
+        (
+            "model.label_smooth=0.1",
+            "model.label_smooth: .*ImageClassifier has no such argument; did you mean label_smoothing",
+        ),
+        ("train_dataloader.batchsize=3", "train_dataloader.batchsize: DataLoader has no such .*; did you mean batch_size"),
+        ("optim_wrapper.optimizer.weight_deca=0", "optimizer.weight_deca: AdamW has no such .*; did you mean weight_decay"),
+        ("train_dataloader.dataset.transform.hflp=0", "transform.hflp: timm.*; did you mean hflip"),
+        ("model.backbone.model_name=test_resnt", "model_name: unknown model 'test_resnt'; did you mean test_resnet"),
+        ("model.backbone.drop_path_rat=0.1", "drop_path_rat: test_resnet has no such argument; did you mean drop_path_rate"),
+        ("model.backbone.num_classes=7", "model.backbone.num_classes: got 7, the train data has 10 classes"),
+    ],
+)
+def test_wrong_option_is_one_line(option, message, tiny, capsys):
+    config, work = tiny
+    assert main_train([str(config), "--work-dir", str(work), "--cfg-options", option]) == 2
+    check_one_line(capsys.readouterr().err, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["classification/vmamba-nano_digit.py"], "config file not found: .*; did you mean .*vmamba-nano_digits.py"),
+        ([FOLDER], "data_root: none given; add --cfg-options data_root=FOLDER"),
+        ([FOLDER, "--cfg-options", "data_root=/no/where"], "data_root: /no/where: no such folder"),
+    ],
+)
+def test_missing_files_are_one_line(arguments, message, capsys):
+    assert main_train(arguments) == 2
+    check_one_line(capsys.readouterr().err, message)
+
+
+def check_one_line(err, message):
+    assert len(err.strip().splitlines()) == 1
+    assert re.search(message, err)
+
+
+def test_unknown_key_in_a_config_file(tmp_path, capsys):
+    config = tmp_path / "slip.py"
+    config.write_text(f"_base_ = {str(find_config(DIGITS))!r}\noptim_wraper = dict()\n")
+    assert main_train([str(config)]) == 2
+    assert "unknown key 'optim_wraper'; did you mean optim_wrapper?" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_amp_needs_a_gpu(tiny, capsys):
+    config, work = tiny
+    assert main_train([str(config), "--work-dir", str(work), "--amp"]) == 2
+    assert "--amp: needs a GPU" in capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""Metric, optimizer groups, randomness, registry, shipped configs."""
+
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+
+from visionssm import registry
+from visionssm.engine import ConfigError, ImageClassifier, OptimWrapperConstructor, RandomnessHook, TopK
+from visionssm.engine.config import find_config, load_config, recipes
+from visionssm.engine.data import IGNORED
+
+DIGITS = "classification/vmamba-nano_digits"
+NANOS = ("vmamba_nano", "vim_nano", "local_vim_nano")
+
+
+def evaluate(scores, labels, topk=(1, 2)):
+    metric = TopK(topk)
+    metric.process({"labels": torch.tensor(labels)}, [{"scores": torch.tensor(row)} for row in scores])
+    return metric.evaluate(len(labels))
+
+
+def test_topk():
+    scores = [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.5, 0.4, 0.1], [0.2, 0.5, 0.3]]
+    assert evaluate(scores, [0, 1, 2, 1]) == {"accuracy/top1": 50.0, "accuracy/top2": 75.0}
+
+
+def test_topk_leaves_out_ignored_images():
+    assert evaluate([[0.7, 0.3], [0.6, 0.4]], [0, IGNORED], topk=(1,)) == {"accuracy/top1": 100.0}
+    with pytest.raises(ConfigError, match="none of the 1 images"):
+        evaluate([[0.7, 0.3]], [IGNORED])
+
+
+def test_topk_of_equal_scores_and_nan_is_not_perfect():
+    labels = list(range(10))
+    for value in (0.1, float("nan")):
+        assert evaluate([[value] * 10] * 10, labels, topk=(1,)) == {"accuracy/top1": 10.0}
+
+
+def test_weight_decay_groups():
+    model = ImageClassifier({"model_name": "test_vit", "num_classes": 10})
+    build = OptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.05}})
+    groups = {group["weight_decay"]: group["params"] for group in build(model).optimizer.param_groups}
+    assert set(groups) == {0.0, 0.05}
+    free = {id(p) for p in groups[0.0]}
+    names = {name for name, p in model.named_parameters() if id(p) in free}
+    assert {f"backbone.{name}" for name in model.backbone.no_weight_decay()} & set(dict(model.named_parameters())) <= names
+    assert "backbone.head.bias" in names
+    assert "backbone.head.weight" not in names
+    assert len(groups[0.0]) + len(groups[0.05]) == len(list(model.parameters()))
+    with pytest.raises(ConfigError, match="paramwise_cfg: norm_decay_mult"):
+        OptimWrapperConstructor({}, {"norm_decay_mult": 0})
+
+
+def test_randomness_depends_on_seed_rank_and_epoch_alone():
+    def draw(seed, rank, epoch):
+        torch.rand(3)
+        RandomnessHook().before_train_epoch(SimpleNamespace(seed=seed, rank=rank, epoch=epoch))
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    assert draw(1, 0, 2) == draw(1, 0, 2)
+    draws = [draw(*key) for key in ((1, 0, 2), (2, 0, 2), (1, 1, 2), (1, 0, 3))]
+    assert len(set(draws)) == 4
+    assert all(len({d[generator] for d in draws}) == 4 for generator in range(3))
+
+
+def test_classifier_modes():
+    model = ImageClassifier({"model_name": "test_resnet", "num_classes": 10}).eval()
+    batch = {"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "labels": torch.tensor([1, 2])}
+    data = model.data_preprocessor(batch)
+    mean, std = (torch.tensor(model.backbone.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(data["images"], (batch["images"] / 255 - mean) / std)
+    logits = model(data["images"])
+    assert logits.shape == (2, 10)
+    losses = model(**data, mode="loss")
+    torch.testing.assert_close(losses["loss"], torch.nn.functional.cross_entropy(logits, batch["labels"]))
+    torch.testing.assert_close(model(**data, mode="predict")[1]["scores"], logits[1].softmax(0))
+    with pytest.raises(ValueError, match="mode: got 'predic'"):
+        model(**data, mode="predic")
+
+
+def test_init_weights_keeps_the_weights():
+    model = ImageClassifier({"model_name": "test_vit", "num_classes": 10})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.init_weights()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_types_resolve_from_the_root_registries_alone():
+    code = (
+        "import sys; from mmengine.registry import MODELS; "
+        "assert MODELS.get('visionssm.ImageClassifier').__module__ == 'visionssm.engine.classifier'; "
+        "assert not {'mmdet', 'mmseg', 'mmcv'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for root, name in ((DATASETS, "Digits"), (METRICS, "TopK"), (HOOKS, "ProgressHook")):
+        assert root.get(f"visionssm.{name}") is not None
+    assert OPTIM_WRAPPER_CONSTRUCTORS.get("visionssm.OptimWrapperConstructor") is OptimWrapperConstructor
+    assert MODELS.get("visionssm.ImageClassifier") is ImageClassifier
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (["mmengine", "onedl-mmengine"], "mmengine and onedl-mmengine share one import folder: pip uninstall"),
+        ([], "training needs mmengine"),
+    ],
+)
+def test_engine_distributions(found, message, monkeypatch):
+    monkeypatch.setattr(registry, "_installed", found.__contains__)
+    with pytest.raises(ImportError, match=message):
+        registry.check_engine()
+
+
+def test_importing_the_package_leaves_mmengine_alone():
+    subprocess.run([sys.executable, "-c", "import sys, visionssm; assert 'mmengine' not in sys.modules"], check=True)
+
+
+def test_config_names():
+    assert find_config(DIGITS) == find_config(f"{DIGITS}.py")
+    assert find_config(DIGITS) in recipes()
+
+
+@pytest.mark.parametrize("path", recipes(), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path):
+    load_config(str(path))
+
+
+@pytest.mark.parametrize("name", NANOS)
+def test_digits_config_builds_every_nano(name):
+    cfg = load_config(DIGITS, {"model.backbone.model_name": name})
+    model = MODELS.build(cfg.model)
+    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 2e6
+    losses = model(torch.randn(2, 3, 32, 32), torch.tensor([3, 4]), mode="loss")
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert timm.is_model(name)

@@ -1,0 +1,148 @@
+"""From a config file and the command line's changes to a config that has been checked."""
+
+from collections.abc import Callable, Iterator, Mapping
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+from mmengine import registry as root
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from visionssm import configs
+
+from .errors import ConfigError, did_you_mean
+
+CONFIG_FOLDER = Path(configs.__file__).parent
+DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+SHARED = ("data_root", "input_size")  # top-level keys that every data set gets which does not set its own
+
+_RUNNER_KEYS = set(signature(Runner).parameters) | {"default_scope", "custom_imports", "model_wrapper_cfg", "compile", *SHARED}
+_REGISTRIES = (root.MODELS, root.DATASETS, root.DATA_SAMPLERS, root.FUNCTIONS, root.METRICS, root.HOOKS, root.OPTIMIZERS)
+_DATALOADER_ARGUMENTS = {*signature(DataLoader).parameters, "num_batch_per_epoch"}
+
+
+def find_config(name: str) -> Path:
+    """The file that a path names, or a name relative to the configs that the package ships, with or without `.py`.
+
+    Raises:
+        ConfigError: no such file; names the nearest ones.
+    """
+    for path in (Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.py"):
+        if path.is_file():
+            return path
+    shipped = {path.stem: path.relative_to(CONFIG_FOLDER) for path in recipes()}
+    siblings = {path.stem: path for path in Path(name).parent.glob("*.py")}
+    known = {**shipped, **siblings}
+    near = did_you_mean(Path(name).stem, known)
+    for stem, path in known.items():
+        near = near.replace(stem, str(path))
+    raise ConfigError(f"config file not found: {name}{near}")
+
+
+def recipes() -> list[Path]:
+    """The config files that the package ships, without the `_base_` ones."""
+    return sorted(path for path in CONFIG_FOLDER.glob("*/*.py") if not path.parent.name.startswith("_") and path.stem != "__init__")
+
+
+def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a config, apply the changes from the command line, hand shared values down to the data sets, check all names.
+
+    Args:
+        name: see `find_config`.
+        overrides: dotted key to new value.
+
+    Raises:
+        ConfigError: a file, key or argument that does not exist; names the nearest ones.
+    """
+    cfg = Config.fromfile(find_config(name))
+    for key in overrides or {}:
+        _check_key(cfg, key)
+    cfg.merge_from_dict(dict(overrides or {}))
+    for key in cfg:
+        # a config may name helper variables of its own, so only what looks like a slip is refused
+        if key not in _RUNNER_KEYS and (near := did_you_mean(key, _RUNNER_KEYS, cutoff=0.85)):
+            raise ConfigError(f"{cfg.filename}: unknown key {key!r}{near}")
+    for dataset in _datasets(cfg):
+        for key in SHARED:
+            if key in cfg and key in _parameters(_resolve(dataset["type"])[0]):
+                dataset.setdefault(key, cfg[key])
+    for path, node in _walk(cfg):
+        _check_arguments(path, node)
+    return cfg
+
+
+def fill_num_classes(cfg: Config) -> None:
+    """Give a classifier's backbone, where it says nothing, the number of classes that the training data has."""
+    if cfg.model.get("type") == "visionssm.ImageClassifier" and "num_classes" not in cfg.model.backbone:
+        dataset = root.DATASETS.build(cfg.train_dataloader.dataset)
+        cfg.model.backbone.num_classes = len(dataset.metainfo["classes"])
+
+
+def _datasets(cfg: Config) -> Iterator[ConfigDict]:
+    for name in DATALOADERS:
+        if cfg.get(name):
+            yield cfg[name]["dataset"]
+
+
+def _check_key(cfg: Config, key: str) -> None:
+    """Every part of an override but its last must exist; the last may be a new argument, which is checked as such."""
+    node = cfg
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        known = list(map(str, range(len(node)))) if isinstance(node, list) else list(node)
+        if part not in known:
+            where = ".".join(parents[:depth]) or "the config"
+            raise ConfigError(f"--cfg-options {key}: {where} has no {part!r}{did_you_mean(part, known)}")
+        node = node[int(part)] if isinstance(node, list) else node[part]
+        if not isinstance(node, (Mapping, list)):
+            raise ConfigError(f"--cfg-options {key}: {'.'.join(parents[: depth + 1])} is {node!r} and has no keys")
+    if not parents and last not in cfg and last not in _RUNNER_KEYS:
+        raise ConfigError(f"--cfg-options {key}: the config has no {last!r}{did_you_mean(last, {*cfg, *_RUNNER_KEYS})}")
+
+
+def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
+    """All dicts in a config, with their dotted path."""
+    if isinstance(node, (Mapping, Config)):
+        yield path, node
+        children = node.items()
+    elif isinstance(node, list):
+        children = enumerate(node)
+    else:
+        return
+    for key, value in children:
+        yield from _walk(value, f"{path}.{key}" if path else str(key))
+
+
+def _check_arguments(path: str, node: Mapping) -> None:
+    """Refuse keys that the constructor of `type` does not take."""
+    if path in DATALOADERS:
+        allowed, what = _DATALOADER_ARGUMENTS, "DataLoader"
+    elif isinstance(node.get("type"), str):
+        candidates = [parameters for cls in _resolve(node["type"]) if (parameters := _parameters(cls)) is not None]
+        if not candidates:
+            return
+        allowed, what = set().union(*candidates), node["type"]
+    else:
+        return
+    for key in node:
+        if key not in allowed and key not in ("type", "_scope_"):
+            raise ConfigError(f"{path}.{key}: {what} has no such argument{did_you_mean(key, allowed)}")
+
+
+def _resolve(name: str) -> list[Callable]:
+    """All classes or functions that registries know by this name."""
+    found = []
+    for registry in _REGISTRIES:
+        try:
+            found.append(registry.get(name))
+        except RuntimeError:  # not in this registry
+            continue
+    return [cls for cls in found if cls is not None]
+
+
+def _parameters(function: Callable) -> set[str] | None:
+    """Names of the arguments, or None where any name goes."""
+    parameters = signature(function).parameters
+    return None if any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values()) else set(parameters)

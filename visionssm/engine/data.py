@@ -1,0 +1,182 @@
+"""Data sets for classification: images through timm's readers and transforms, as dicts that mmengine's loops understand.
+
+A sample is `{"image": uint8 (C, H, W), "label": int, "unreadable": tuple of paths}`; a batch has `images`, `labels` and all
+its `unreadable` paths. Normalisation happens on the device (see ImagePreprocessor).
+"""
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from visionssm.registry import DATASETS, FUNCTIONS
+
+from .errors import ConfigError, did_you_mean
+
+IGNORED = -1  # the label of an image that could not be read: no metric counts it
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
+
+
+class _ImageDataset(Dataset):
+    """What the data sets share: the split, the class names and timm's transform for that split."""
+
+    def __init__(
+        self, classes: Sequence[str], split: str, input_size: int | Sequence[int], transform: Mapping[str, Any] | None
+    ) -> None:
+        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        self.metainfo = {"classes": tuple(classes)}
+        self.split = split
+        self.data_config = {"input_size": (3, *size), **(transform or {})}
+        for key in transform or {}:
+            if key not in (known := signature(create_transform).parameters):
+                raise ConfigError(f"transform.{key}: timm's create_transform has no such argument{did_you_mean(key, known)}")
+        self.transform = create_transform(is_training=split == "train", normalize=False, **self.data_config)
+
+
+@DATASETS.register_module()
+class Digits(_ImageDataset):
+    """1,797 real handwritten digits of 43 people, 8 x 8 pixels, which scikit-learn ships (UCI optdigits, test part).
+
+    Args:
+        split: "train" (1,437 images) or "test" (360 images): a fixed split with equal shares of each class.
+        input_size: side of the upscaled image, or (height, width).
+        transform: further arguments of `timm.data.create_transform`.
+
+    Raises:
+        ConfigError: an unknown split.
+    """
+
+    def __init__(self, split: str, input_size: int | Sequence[int] = 32, transform: Mapping[str, Any] | None = None) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        if split not in ("train", "test"):
+            raise ConfigError(f"split: got {split!r}, expected 'train' or 'test'")
+        super().__init__([str(digit) for digit in range(10)], split, input_size, transform)
+        images, labels = load_digits(return_X_y=True)
+        train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+        chosen = train if split == "train" else test
+        grey = np.round(images[chosen] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+        self.images = [Image.fromarray(image).convert("RGB") for image in grey]
+        self.labels = labels[chosen].tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.transform(self.images[index]), "label": self.labels[index], "unreadable": ()}
+
+
+@DATASETS.register_module()
+class ImageFolder(_ImageDataset):
+    """Images in `data_root/<split>/<class>/`, read by timm's folder reader.
+
+    An image that cannot be decoded is replaced in training by the next one that can; in the other splits it keeps its
+    place as a black image with the label `IGNORED`. Either way its path travels with the batch, to be counted.
+
+    Args:
+        data_root: folder with one subfolder per split.
+        split: name of the subfolder; "train" gets training transforms.
+        input_size: side of the image that the model sees, or (height, width).
+        transform: further arguments of `timm.data.create_transform`.
+
+    Raises:
+        ConfigError: no data root, a missing or empty folder, a class that the training split does not know.
+    """
+
+    def __init__(
+        self,
+        data_root: str | None,
+        split: str,
+        input_size: int | Sequence[int] = 224,
+        transform: Mapping[str, Any] | None = None,
+    ) -> None:
+        if data_root is None:
+            raise ConfigError("data_root: none given; add --cfg-options data_root=FOLDER")
+        root = Path(data_root).expanduser()
+        folder = root / split
+        if not folder.is_dir():
+            what = f"holds {', '.join(_subfolders(root)) or 'no folders'}" if root.is_dir() else "no such folder"
+            raise ConfigError(f"data_root: {root}: {what}; expected the split {split!r} in it, as {split}/<class>/<image>")
+        # the training split defines the class indices: another split may lack a class
+        train = root / "train"
+        classes = _subfolders(train if train.is_dir() else folder)
+        unknown = sorted(set(_subfolders(folder)) - set(classes))
+        if unknown:
+            raise ConfigError(f"data_root: {folder} holds classes that {train} lacks: {', '.join(unknown[:5])}")
+        for name in _subfolders(folder):
+            if nested := _subfolders(folder / name):
+                raise ConfigError(f"data_root: {folder / name} holds folders ({nested[0]}); images must lie directly in it")
+        super().__init__(classes, split, input_size, transform)
+        self.folder = folder
+        class_map = {name: index for index, name in enumerate(classes)}
+        try:
+            self.reader = create_dataset("", root=str(folder), search_split=False, class_map=class_map).reader
+        except RuntimeError as error:  # timm found no file with the name of an image
+            kinds = ", ".join(get_img_extensions())
+            raise ConfigError(f"data_root: no images in {folder}/<class>/; files looked for: {kinds}") from error
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        unreadable = []
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            image, label = self.read(candidate)
+            if image is not None:
+                return {"image": self.transform(image), "label": label, "unreadable": tuple(unreadable)}
+            unreadable.append(self.reader.filename(candidate, absolute=True))
+            if self.split != "train":
+                _, height, width = self.data_config["input_size"]
+                return {
+                    "image": torch.zeros(3, height, width, dtype=torch.uint8),
+                    "label": IGNORED,
+                    "unreadable": tuple(unreadable),
+                }
+        raise ConfigError(f"data_root: none of the {len(self)} images in {self.folder} can be read")
+
+    def read(self, index: int) -> tuple[Image.Image | None, int]:
+        """The decoded RGB image, or None where it cannot be decoded, and its label."""
+        try:
+            file, label = self.reader[index]
+            with file:
+                return Image.open(file).convert("RGB"), label
+        except _DECODE_ERRORS:
+            return None, IGNORED
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+@FUNCTIONS.register_module()
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | list[str]]:
+    """Stack samples to `images (batch, C, H, W)` uint8, `labels (batch,)` int64, and a list of `unreadable` paths."""
+    return {
+        "images": torch.stack([sample["image"] for sample in samples]),
+        "labels": torch.tensor([sample["label"] for sample in samples]),
+        "unreadable": [path for sample in samples for path in sample["unreadable"]],
+    }
+
+
+@FUNCTIONS.register_module()
+def init_worker(worker_id: int) -> None:
+    """Leave Ctrl-C to the main process, which stops the workers itself.
+
+    The seeds stay those that the DataLoader derives from the main process's generator, which RandomnessHook seeds in every
+    epoch; mmengine's own initialiser gives each epoch the same augmentations.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

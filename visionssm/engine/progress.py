@@ -1,0 +1,101 @@
+"""What a training run shows on the terminal: one bar, or one line per epoch where the output is no terminal."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from visionssm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """Progress with loss, accuracy and time left; mmengine's own lines go to the log file alone.
+
+    Args:
+        window: number of iterations over which loss and accuracy are averaged.
+        refresh: seconds between two updates of the bar. Reading a loss waits for the device, so it happens no more often.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, window: int = 20, refresh: float = 0.5) -> None:
+        self.window = window
+        self.refresh = refresh
+        self.console = Console()
+        self.bar: Progress | None = None
+        self.metrics: dict[str, float] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Start the bar at the iteration from which training goes on."""
+        self.begin, self.first_iter, self.shown = time.monotonic(), runner.iter, 0.0
+        self.open(total=runner.max_iters, completed=runner.iter)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+        """Move the bar."""
+        if self.bar and time.monotonic() - self.shown > self.refresh:
+            self.shown = time.monotonic()
+            self.show(f"epoch {runner.epoch + 1}/{runner.max_epochs}", runner.iter + 1, self.status(runner, runner.iter + 1))
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Without a terminal: one line per epoch."""
+        if is_main_process() and not self.console.is_terminal:
+            self.console.print(f"epoch {runner.epoch + 1}/{runner.max_epochs}  {self.status(runner, runner.iter)}", highlight=False)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Keep the newest validation result for the bar."""
+        self.metrics = {name.rsplit("/", 1)[-1]: value for name, value in (metrics or {}).items()}
+
+    def after_train(self, runner: Runner) -> None:
+        """Close the bar."""
+        self.close()
+
+    def before_test(self, runner: Runner) -> None:
+        """Start a bar for the test images."""
+        self.open(total=len(runner.test_dataloader))
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Move the bar."""
+        self.show("test", batch_idx + 1, "")
+
+    def after_test(self, runner: Runner) -> None:
+        """Close the bar."""
+        self.close()
+
+    def status(self, runner: Runner, done: int) -> str:
+        """Mean loss and accuracy of the last iterations, the newest validation result, the time left."""
+        scalars = runner.message_hub.log_scalars
+        parts = [
+            f"{name} {scalars[f'train/{name}'].mean(self.window):{form}}"
+            for name, form in (("loss", ".3f"), ("accuracy", ".1f"))
+            if f"train/{name}" in scalars
+        ]
+        parts += [f"val {name} {value:.1f}" for name, value in self.metrics.items()]
+        elapsed = time.monotonic() - self.begin
+        left = elapsed / max(done - self.first_iter, 1) * (runner.max_iters - done)
+        return "  ".join([*parts, f"left {timedelta(seconds=round(left))}"])
+
+    def open(self, total: int, completed: int = 0) -> None:
+        """Show a bar, where there is a terminal."""
+        if is_main_process() and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), console=self.console
+            )
+            self.bar.add_task("", total=total, completed=completed, status="")
+            self.bar.start()
+
+    def show(self, description: str, completed: int, status: str) -> None:
+        """Update the bar, if there is one."""
+        if self.bar:
+            self.bar.update(TaskID(0), description=description, completed=completed, status=status)
+
+    def close(self) -> None:
+        """Remove the live display; the terminal's cursor comes back."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
