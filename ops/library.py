@@ -43,6 +43,11 @@ def _backend(name: str) -> ModuleType:
     return importlib.import_module({"chunked": ".chunked", "triton": ".kernels"}[name], __package__)
 
 
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """A backend chooses its own precision: autocast would run its float32 products in 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 # --- the scan ---------------------------------------------------------------------------------------------------------
 
 
@@ -64,7 +69,8 @@ def _scan(
     Returns y (batch, H, W, C) or (batch, K, H, W, C), last_state (batch, K, C, N) float32 (float64 if any input is) or empty,
     and `states`, whatever the backend keeps for its backward (at most the states at chunk boundaries).
     """
-    return _backend(backend).forward(x, x_dbl, A, D, dt_weight, dt_bias, tuple(paths), dt_softplus, merge, return_last_state)
+    with _no_autocast(x):
+        return _backend(backend).forward(x, x_dbl, A, D, dt_weight, dt_bias, tuple(paths), dt_softplus, merge, return_last_state)
 
 
 def _scan_fake(
@@ -105,7 +111,8 @@ def _scan_backward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, x_dbl, A, D, dt_weight, dt_bias in their dtypes; a zero-size tensor for an input that is None."""
-    return _backend(backend).backward(dy, states, x, x_dbl, A, D, dt_weight, dt_bias, tuple(paths), dt_softplus, merge)
+    with _no_autocast(x):
+        return _backend(backend).backward(dy, states, x, x_dbl, A, D, dt_weight, dt_bias, tuple(paths), dt_softplus, merge)
 
 
 def _scan_backward_fake(

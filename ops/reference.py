@@ -99,7 +99,8 @@ def cross_selective_scan_ref(
     dtype = x.dtype
     x, dt, A, B, C, D, dt_weight, dt_bias = _compute_dtype(x, dt, A, B, C, D, dt_weight, dt_bias)
     if dt_weight is not None:
-        dt = torch.einsum("bklr,kcr->bklc", dt, dt_weight)
+        # Not a matrix product, which autocast would run in 16 bits.
+        dt = sum(dt[..., r, None] * dt_weight[:, None, :, r] for r in range(dt_weight.shape[2]))
     ys = torch.stack(
         [
             selective_scan_ref(

@@ -1,4 +1,4 @@
-"""What every operator test gets: the golden files on the path, and memory that is never accidentally right."""
+"""What every operator test gets: the golden files on the path, one thread, and memory that is never accidentally right."""
 
 import sys
 from pathlib import Path
@@ -7,6 +7,15 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """The tensors here are tiny: threads that wait for each other on a busy machine cost a hundred times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
