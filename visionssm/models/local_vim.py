@@ -22,7 +22,6 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     register_notrace_function,
-    resample_abs_pos_embed,
     trunc_normal_,
 )
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from visionssm.layers.local_mixer import BiAttn, check_layer_paths
 from visionssm.layers.patch_embed import check_image
+from visionssm.layers.pos_embed import insert_token, resample_tokens, take_token
 from visionssm.layers.ssm_init import A_from_log, init_A_log_
 from visionssm.ops import ScanPaths, cross_merge, cross_scan, cross_selective_scan
 
@@ -67,32 +67,6 @@ def scan_paths(names: tuple[str, ...], size: tuple[int, int], class_token: bool)
     """The paths over an (H, W) grid; a class token is step H * W // 2 of each, also of flipped ones."""
     height, width = size
     return ScanPaths(names, (height, width), token_at=height * width // 2 if class_token else None)
-
-
-def insert_token(patches: Tensor, token: Tensor) -> Tensor:
-    """(batch, L, C) and (batch, 1, C) -> (batch, L + 1, C) with the token at index L // 2."""
-    middle = patches.shape[1] // 2
-    return torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1)
-
-
-def take_token(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `insert_token`: (batch, L + 1, C) -> (batch, L, C) and (batch, 1, C)."""
-    middle = (tokens.shape[1] - 1) // 2
-    return torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], dim=1), tokens[:, middle : middle + 1]
-
-
-@register_notrace_function
-def resample_tokens(table: Tensor, new_size: tuple[int, int], old_size: tuple[int, int], class_token: bool = False) -> Tensor:
-    """Resize a table of one row per position, (1, L, C), from one (H, W) grid to another, bicubic without antialiasing.
-
-    The row of a class token is taken out before and put back in the middle of the new grid.
-    """
-    if tuple(new_size) == tuple(old_size):
-        return table
-    if class_token:
-        table, token = take_token(table)
-    table = resample_abs_pos_embed(table, new_size, old_size, num_prefix_tokens=0, antialias=False)
-    return insert_token(table, token) if class_token else table
 
 
 class RotaryTables(nn.Module):
@@ -140,8 +114,8 @@ class RotaryTables(nn.Module):
 class LocalVimMixer(nn.Module):
     """Mamba mixer with weights of its own for each scanned direction (paper, section 3.3).
 
-    in_proj; along each path a causal depthwise convolution, SiLU, the step, B and C, the scan; gate; BiAttn; out_proj. A window path
-    pads the grid before the convolution, so its padded steps carry what the convolution writes there.
+    in_proj; along each path a causal depthwise convolution, SiLU, the projection to dt, B and C, the scan; gate; BiAttn; out_proj.
+    A window path pads the grid before the convolution, so its padded steps carry what the convolution writes there.
 
     Args:
         dim: channels of the tokens.
@@ -562,7 +536,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             directions.setdefault(match["mixer"] + name, {})[int(match["k"])] = value
         elif key == "rope.freqs_cos" and model.rope is not None:
             _check_rotary(value, model.rope)
-        elif key == "rope.freqs_sin" and model.rope is not None or key.startswith("outnorm_"):
+        elif (key == "rope.freqs_sin" and model.rope is not None) or key.startswith("outnorm_"):
             continue
         elif key == "pos_embed":
             out[key] = _resized_pos_embed(value, model)
