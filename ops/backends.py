@@ -6,6 +6,7 @@ name can say it, and `backend_report` can list it.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import warnings
 
@@ -43,8 +44,12 @@ def choose_backend(x: Tensor, name: str | None = None) -> str:
     """
     able = {"reference": can_run_reference, "chunked": can_run_chunked, "triton": can_run_triton}
     if name is not None:
-        if name not in able:
-            raise ValueError(f"backend: unknown backend {name!r}, expected one of {', '.join(BACKENDS)} or None")
+        if name not in BACKENDS:
+            near = difflib.get_close_matches(str(name), BACKENDS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"backend: unknown backend {name!r}{hint} (known: {', '.join(BACKENDS)}, or None for the best that can run)"
+            )
         reason = able[name](x)
         if reason is not None:
             raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")

@@ -52,7 +52,7 @@ def check_rank(name: str, tensor: Tensor, layouts: dict[int, str]) -> None:
 def check_positive(name: str, tensor: Tensor) -> None:
     """No axis of `tensor` is empty."""
     if any(size == 0 for size in tensor.shape):
-        raise ValueError(f"{name}: has an empty axis, shape {_text(tuple(tensor.shape))}; every size must be at least 1")
+        raise ValueError(f"{name}: expected every size to be at least 1, got shape {_text(tuple(tensor.shape))}")
 
 
 def path_names(paths: object, size: tuple[int, int] | None = None) -> tuple[str, ...]:
