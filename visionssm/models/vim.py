@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
@@ -21,7 +20,6 @@ from timm.layers import (
     get_device_dtype,
     global_pool_nlc,
     lecun_normal_,
-    register_notrace_function,
     to_2tuple,
     trunc_normal_,
 )
@@ -31,6 +29,7 @@ from timm.models._input import update_model_input_size
 from torch import Tensor
 
 from visionssm.layers.patch_embed import check_image
+from visionssm.layers.pos_embed import insert_token, resample_tokens, take_token
 from visionssm.layers.vim_mixer import VimMixer
 
 __all__ = ["VisionMamba"]
@@ -108,40 +107,6 @@ class VimBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mixer(self.norm(x)))
-
-
-@register_notrace_function
-def resample_pos_embed(pos_embed: Tensor, new_size: tuple[int, int], old_size: tuple[int, int]) -> Tensor:
-    """Resize a position embedding whose middle row belongs to the class token.
-
-    That row is set aside, the patch rows are resized as a map (bicubic), and it returns to the new middle.
-
-    Args:
-        pos_embed: `(1, h * w + 1, dim)`, the class token's row at index h * w // 2.
-        new_size: rows and columns of the new grid.
-        old_size: (h, w).
-
-    Returns:
-        `(1, H * W + 1, dim)`; `pos_embed` itself if the grid does not change.
-    """
-    if tuple(new_size) == tuple(old_size):
-        return pos_embed
-    token, patches = _split_token(pos_embed)
-    grid = patches.to(torch.promote_types(patches.dtype, torch.float32)).unflatten(1, old_size).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=tuple(new_size), mode="bicubic", align_corners=False)
-    return _insert_token(grid.flatten(2).mT.to(pos_embed.dtype), token)
-
-
-def _insert_token(patches: Tensor, token: Tensor) -> Tensor:
-    """Patches `(batch, M, dim)` and the class token `(batch, 1, dim)` -> `(batch, M + 1, dim)`, the token at index M // 2."""
-    middle = patches.shape[1] // 2
-    return torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1)
-
-
-def _split_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `_insert_token`: the class token `(batch, 1, dim)` and the patches `(batch, M, dim)`."""
-    middle = (x.shape[1] - 1) // 2
-    return x[:, middle : middle + 1], torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1)
 
 
 class VisionMamba(nn.Module):
@@ -270,15 +235,15 @@ class VisionMamba(nn.Module):
         old_size = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size or self.patch_embed.img_size)
         if self.patch_embed.grid_size != old_size:
-            pos_embed = resample_pos_embed(self.pos_embed.detach(), self.patch_embed.grid_size, old_size)
+            pos_embed = resample_tokens(self.pos_embed.detach(), self.patch_embed.grid_size, old_size, class_token=True)
             self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image `(batch, in_chans, H, W)` -> tokens `(batch, L, dim)` with class token and positions."""
         x = self.patch_embed(x)  # [B, H', W', D]
-        pos_embed = resample_pos_embed(self.pos_embed, (x.shape[1], x.shape[2]), self.patch_embed.grid_size)
-        return _insert_token(x.flatten(1, 2), self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed
+        pos_embed = resample_tokens(self.pos_embed, (x.shape[1], x.shape[2]), self.patch_embed.grid_size, class_token=True)
+        return insert_token(x.flatten(1, 2), self.cls_token.expand(x.shape[0], -1, -1)) + pos_embed
 
     def forward_intermediates(
         self,
@@ -316,7 +281,7 @@ class VisionMamba(nn.Module):
         for i, block in enumerate(self.layers[: max_index + 1] if stop_early else self.layers):
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
             if i in take_indices:
-                token, feature = _split_token(self.norm_f(x) if norm else x)
+                feature, token = take_token(self.norm_f(x) if norm else x)
                 if output_fmt == "NCHW":
                     feature = feature.unflatten(1, grid).permute(0, 3, 1, 2).contiguous()
                 intermediates.append((feature, token) if return_prefix_tokens else feature)
@@ -360,7 +325,7 @@ class VisionMamba(nn.Module):
             return x
         if self.global_pool == "token":
             return x[:, (x.shape[1] - 1) // 2]
-        return global_pool_nlc(_split_token(x)[1], self.global_pool, num_prefix_tokens=0)
+        return global_pool_nlc(take_token(x)[0], self.global_pool, num_prefix_tokens=0)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens `(batch, L, dim)` -> logits `(batch, num_classes)`, or the pooled feature."""
@@ -448,7 +413,7 @@ def _fit_pos_embed(pos_embed: Tensor, model: nn.Module) -> Tensor:
         grid = to_2tuple(math.isqrt(patches))
     if grid[0] * grid[1] != patches:
         raise ValueError(f"state_dict: pos_embed has {patches} patch rows, which is neither the model's grid nor a square one")
-    return resample_pos_embed(pos_embed, model.patch_embed.grid_size, grid)
+    return resample_tokens(pos_embed, model.patch_embed.grid_size, grid, class_token=True)
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
