@@ -75,7 +75,7 @@ class PatchEmbed(nn.Module):
         size = to_2tuple(img_size)
         if min(size) < self.patch_size:
             raise ValueError(
-                f"img_size: {size[0]} x {size[1]} pixels is smaller than one patch of {self.patch_size} x {self.patch_size}"
+                f"img_size: {size[0]} x {size[1]} pixels is smaller than one {self.patch_size} x {self.patch_size} patch"
             )
         self.img_size = size
         self.grid_size = self.dynamic_feat_size(size)
