@@ -36,7 +36,7 @@ _LOWEST_EXPONENT = -80.0  # a decay of less than exp of this is a denormal, or n
 _KEPT = 32  # workspaces that a thread keeps
 
 
-def states_shape(batch: int, k: int, height: int, width: int, channels: int, state: int) -> tuple[int, ...]:
+def states_shape(batch: int, k: int, length: int, channels: int, state: int) -> tuple[int, ...]:
     """Shape of what `forward` keeps for `backward`: nothing."""
     return (0,)
 

@@ -92,7 +92,7 @@ def _scan_fake(
     kept = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     y = x.new_empty((batch, height, width, channels) if merge else (batch, k, height, width, channels))
     last_state = x.new_empty((batch, k, channels, state) if return_last_state else (0,), dtype=kept)
-    states = x.new_empty(_backend(backend).states_shape(batch, k, height, width, channels, state), dtype=kept)
+    states = x.new_empty(_backend(backend).states_shape(batch, k, _length(paths, height, width, None), channels, state), dtype=kept)
     return y, last_state, states
 
 
