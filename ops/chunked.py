@@ -3,7 +3,8 @@
 A path is cut into chunks of a few steps, and all chunks advance one step together, in three sweeps: the end state of every chunk
 as if it started from zero; the states carried from chunk to chunk, which is the same scan over fewer, longer steps (a chunk decays
 what comes before it by exp(A * sum of delta)); the scan itself, now from the right start. A scan of 3136 steps takes about 50
-operations. Nothing is kept for the backward, which recomputes. Samples and states go through in groups whose workspaces fit a cache.
+operations. Nothing is kept for the backward, which recomputes. Samples and states go through in groups whose workspaces fit a
+cache.
 
 The layout inside is (batch, P, Q, N, C), visited column by column: q is the outer loop, p the inner one. `v` is (H, W) of the map
 as it lies in memory, `h` is (H * W, 1) of the same memory, and every other path is (L', 1) of a copy in path order. Flips go
@@ -36,8 +37,8 @@ _LOWEST_EXPONENT = -80.0  # a decay of less than exp of this is a denormal, or n
 _KEPT = 32  # workspaces that a thread keeps
 
 
-def states_shape(batch: int, k: int, length: int, channels: int, state: int) -> tuple[int, ...]:
-    """Shape of what `forward` keeps for `backward`: nothing."""
+def states_shape(*sizes: int) -> tuple[int, ...]:
+    """Shape of what `forward` keeps for `backward`: nothing, whatever the sizes."""
     return (0,)
 
 
@@ -76,8 +77,7 @@ def forward(
                 y_map += layout.put_back(_weighted_sum(path.C[..., states], work.u))
             if return_last_state:
                 last_state[samples, i, :, states] = work.last_state.mT
-    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return y.to(x.dtype), last_state.to(kept), x.new_empty(0, dtype=kept)
+    return y.to(x.dtype), last_state, y.new_empty(0)
 
 
 def backward(
