@@ -30,6 +30,11 @@ def can_run_triton(x: Tensor) -> str | None:
     return "this build has no Triton kernels"
 
 
+def backend_report(x: Tensor) -> dict[str, str | None]:
+    """Every backend, with the reason why it cannot run on `x` or None where it can."""
+    return {"reference": can_run_reference(x), "chunked": can_run_chunked(x), "triton": can_run_triton(x)}
+
+
 @functools.cache
 def _warn_slow(reason: str) -> None:
     warnings.warn(f"visionssm: a GPU tensor takes the slow chunked backend because {reason}", RuntimeWarning, stacklevel=4)
