@@ -35,6 +35,7 @@ class VimMixer(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         inner, k, rank = expand * dim, len(BIDIRECTIONAL), math.ceil(dim / 16)
+        self.paths = BIDIRECTIONAL
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
         self.conv1d_weight = nn.Parameter(torch.empty(k, inner, d_conv, **dd))  # last tap: the token itself
         self.conv1d_bias = nn.Parameter(torch.empty(k, inner, **dd))
@@ -92,7 +93,7 @@ class VimMixer(nn.Module):
             x_dbl,
             A_from_log(self.A_logs),
             self.Ds,
-            paths=BIDIRECTIONAL,
+            paths=self.paths,
             dt_weight=self.dt_projs_weight,
             dt_bias=self.dt_projs_bias,
         )
