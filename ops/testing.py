@@ -27,6 +27,7 @@ def selective_scan_inputs(
     D: bool = True,
     z: bool = True,
     delta_bias: bool = True,
+    softplus: bool = True,
     step_range: tuple[float, float] = (1e-2, 1.0),
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
@@ -38,6 +39,7 @@ def selective_scan_inputs(
         batch, dim, length, state: sizes.
         groups: None gives B and C the layout `(batch, state, length)`, a number `(batch, groups, state, length)`.
         D, z, delta_bias: whether that optional tensor is there.
+        softplus: False for a call without softplus: what makes up the step is then positive.
         step_range: bounds of the steps softplus(delta_bias), dimensionless.
         dtype: of u, delta, B, C and z; A, D and delta_bias stay float32 unless this is float64.
         device: of all.
@@ -55,6 +57,8 @@ def selective_scan_inputs(
         "z": normal(batch, dim, length) if z else None,
         "delta_bias": steps(step_range, dim) if delta_bias else None,
     }
+    if not softplus:
+        _make_positive(inputs, ("delta", "delta_bias"))
     return _cast(inputs, ("A", "D", "delta_bias"), dtype, device)
 
 
@@ -70,6 +74,7 @@ def cross_selective_scan_inputs(
     shared: bool = True,
     D: bool = True,
     dt_bias: bool = True,
+    softplus: bool = True,
     step_range: tuple[float, float] = (1e-2, 1.0),
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
@@ -85,6 +90,7 @@ def cross_selective_scan_inputs(
         order: "image" or "scan", which decides the layout.
         shared: one map for all paths (order="image" only).
         D, dt_bias: whether that optional tensor is there.
+        softplus: False for a call without softplus: what makes up the step is then positive.
         step_range, dtype, device, seed: as in `selective_scan_inputs`; dt_weight stays float32 with A, D and dt_bias.
     """
     normal, steps = _generators(seed)
@@ -99,6 +105,8 @@ def cross_selective_scan_inputs(
         "dt_weight": None if rank is None else normal(k, channels, rank) / math.sqrt(rank),
         "dt_bias": steps(step_range, k, channels) if dt_bias else None,
     }
+    if not softplus:
+        _make_positive(inputs, ("dt", "dt_weight", "dt_bias"))
     return _cast(inputs, ("A", "D", "dt_weight", "dt_bias"), dtype, device)
 
 
@@ -135,10 +143,10 @@ def error_budget(reference_low: Tensor, reference_64: Tensor) -> float:
         reference_64: its result in float64 on the same (already rounded) inputs.
 
     Returns:
-        A bound on max |kernel - reference_64|; the band is half a unit in the last place of the largest value.
+        A bound on max |kernel - reference_64|; the band is one unit in the last place of the largest value.
     """
     own = (reference_low.double() - reference_64).abs().max().item()
-    band = 0.5 * torch.finfo(reference_low.dtype).eps * reference_64.abs().max().item()
+    band = torch.finfo(reference_low.dtype).eps * reference_64.abs().max().item()
     return 2.0 * own + band
 
 
@@ -171,6 +179,12 @@ def _generators(seed: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor]
 def _decay(noise: Tensor) -> Tensor:
     """A = -(1..N) times log-normal noise."""
     return -torch.arange(1, noise.shape[-1] + 1) * torch.exp(0.1 * noise)
+
+
+def _make_positive(inputs: Inputs, names: tuple[str, ...]) -> None:
+    for name in names:
+        if inputs[name] is not None:
+            inputs[name] = inputs[name].abs()
 
 
 def _cast(inputs: Inputs, parameters: tuple[str, ...], dtype: torch.dtype, device: torch.device | str) -> Inputs:
