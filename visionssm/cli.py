@@ -1,0 +1,167 @@
+"""The command line: `visionssm COMMAND ...` or `python -m visionssm COMMAND ...`.
+
+A subcommand is one function that adds its parser and one that runs it, both below; `COMMANDS` lists the former. What a subcommand
+needs is imported when it runs. Exit status: 0 done; 1 one line on stderr says what is wrong; 2 wrong usage; 130 Ctrl-C.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+from .errors import UserError
+
+INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: the command line without the program's name; by default the process's own.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: wrong usage (2), `--help` or `--version` (0).
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+    except UserError as error:
+        complain(args, error)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands; its `run` takes the parsed arguments and returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="visionssm",
+        description="Vision state-space models: Vim, VMamba, LocalMamba.",
+        epilog="visionssm COMMAND --help says more, with an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"visionssm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for add_command in COMMANDS:
+        add_command(commands)
+    return parser
+
+
+def complain(args: argparse.Namespace, error: Exception) -> None:
+    """One line on stderr."""
+    print(f"visionssm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _command(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1")
+    return number
+
+
+def _add_list(commands: Any) -> None:
+    parser = _command(commands, "list", "list the models", "visionssm list 'vmamba_tiny*'")
+    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a pattern with * and ?; default: all")
+    parser.add_argument("--pretrained", action="store_true", help="only models with published weights")
+    parser.set_defaults(run=_list)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from .commands.models import model_table
+
+    for line in model_table(args.pattern, args.pretrained):
+        print(line, flush=True)
+    return 0
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(commands, "info", "describe one model", "visionssm info vmamba_tiny_s1l8")
+    parser.add_argument("name", metavar="NAME", help="a model's name, see visionssm list")
+    parser.set_defaults(run=_info)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from .commands.models import model_page
+
+    print(*model_page(args.name), sep="\n")
+    return 0
+
+
+def _add_classify(commands: Any) -> None:
+    example = "visionssm classify work_dirs/vmamba-nano_digits seven.png three.jpg --out predictions.png"
+    parser = _command(commands, "classify", "say what images show", example)
+    parser.add_argument(
+        "model",
+        metavar="NAME_OR_CHECKPOINT",
+        help="a model with published weights, a folder or .pth file that training wrote, or a folder by timm's save_for_hf",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="an image file")
+    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to show per image; default: 5")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--out", type=Path, metavar="PICTURE", help="also draw the images with their classes, e.g. as a .png")
+    parser.set_defaults(run=_classify)
+
+
+def _classify(args: argparse.Namespace) -> int:
+    from .commands.classifier import load_classifier
+    from .commands.picture import Picture
+
+    picture = Picture(args.out, args.images) if args.out else None
+    classifier = load_classifier(args.model, args.device)
+    print(classifier.description, flush=True)
+    status = 0
+    for path in args.images:
+        try:
+            prediction = classifier.classify(path, args.top)
+        except UserError as error:
+            complain(args, error)
+            status = 1
+            continue
+        print(f"\n{path}")
+        for name, score in prediction.classes:
+            print(f"  {score:6.1%}  {name}", flush=True)
+        if picture:
+            picture.add(prediction)
+    if picture and picture.predictions:
+        print(f"\n{picture.save()}")
+    return status
+
+
+def _add_env(commands: Any) -> None:
+    parser = _command(commands, "env", "show versions, devices and which operator backends run here", "visionssm env")
+    parser.set_defaults(run=_env)
+
+
+def _env(args: argparse.Namespace) -> int:
+    from .commands.environment import report
+
+    print(*report(), sep="\n")
+    return 0
+
+
+COMMANDS = (_add_list, _add_info, _add_classify, _add_env)

@@ -1,0 +1,81 @@
+"""The picture of `visionssm classify --out`: every image with a bar per class."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from visionssm.errors import UserError, first_line
+
+from .classifier import Prediction
+
+MAX_IMAGES = 100  # a row each; more make a picture that viewers refuse
+_THUMBNAIL = (480, 320)
+
+
+class Picture:
+    """Collects predictions and draws them; refuses what cannot be drawn before any work is done.
+
+    Args:
+        path: the file to write; its suffix is the format.
+        images: the images to be classified, none of which may be overwritten.
+
+    Raises:
+        UserError: matplotlib is missing, an unknown suffix, no such folder, an image of the same path.
+    """
+
+    def __init__(self, path: Path, images: Sequence[Path]) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise UserError("--out: a picture needs matplotlib: pip install 'visionssm[train]'") from None
+        self.figure = Figure(layout="constrained")
+        kinds = self.figure.canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in kinds:
+            raise UserError(
+                f"--out: {path}: cannot write {path.suffix or 'a file without a suffix'}, expected one of {', '.join(kinds)}"
+            )
+        if not path.parent.is_dir():
+            raise UserError(f"--out: {path.parent}: no such folder")
+        if path.is_dir():
+            raise UserError(f"--out: {path}: a folder, expected a file")
+        if path.resolve() in {image.resolve() for image in images}:
+            raise UserError(f"--out: {path} is one of the images and would be overwritten")
+        self.path = path
+        self.predictions: list[Prediction] = []
+
+    def add(self, prediction: Prediction) -> None:
+        """Keep a prediction, with its image made small."""
+        if len(self.predictions) < MAX_IMAGES:
+            prediction.image.thumbnail(_THUMBNAIL)
+            self.predictions.append(prediction)
+
+    def save(self) -> Path:
+        """Draw and write.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        rows = len(self.predictions)
+        self.figure.set_size_inches(9, 2.2 * rows)
+        grid = self.figure.subplots(rows, 2, squeeze=False, width_ratios=(1, 1.6))
+        for (left, right), prediction in zip(grid, self.predictions, strict=True):
+            left.imshow(prediction.image, cmap="gray", vmin=0, vmax=255)
+            left.set(xticks=[], yticks=[])
+            left.set_title(prediction.path.name, fontsize=9, parse_math=False)
+            self._draw_bars(right, prediction)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # class names in scripts that the font lacks
+            try:
+                self.figure.savefig(self.path, dpi=100)
+            except OSError as error:
+                raise UserError(f"--out: {self.path}: {first_line(error)}") from error
+        return self.path
+
+    @staticmethod
+    def _draw_bars(axes: "Axes", prediction: Prediction) -> None:  # noqa: F821  a name of matplotlib's, which is not imported here
+        places = range(len(prediction.classes))
+        axes.barh(places, [score for _, score in prediction.classes], color="tab:green", alpha=0.4)
+        for place, (name, score) in zip(places, prediction.classes, strict=True):
+            axes.text(0.01, place, f"{score:.0%}  {name}", va="center", fontsize=9, parse_math=False, clip_on=True)
+        axes.set(xlim=(0, 1), ylim=(len(prediction.classes) - 0.4, -0.6))
+        axes.axis("off")
