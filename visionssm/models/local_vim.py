@@ -549,14 +549,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _check_rotary(freqs_cos: Tensor, rope: RotaryTables) -> None:
+    """A checkpoint's rotary tables, (positions, C), are those of a model of the same width."""
     side = math.isqrt(freqs_cos.shape[0])
     ours = rope((side, side))[0][0]
-    if ours.is_meta or freqs_cos.is_meta:
+    if ours.is_meta or freqs_cos.is_meta or ours.shape[1] != freqs_cos.shape[1]:  # other widths fail when loaded
         return
     if ours.shape != freqs_cos.shape or not torch.allclose(ours.float(), freqs_cos.to(ours.device).float(), atol=1e-2):
         raise ValueError(
-            f"rope.freqs_cos: the checkpoint's rotary tables, {tuple(freqs_cos.shape)}, are not those of this model; "
-            f"it was made for rope_grid={rope.side}, try rope_grid={side}"
+            f"rope.freqs_cos: the checkpoint's rotary tables, {tuple(freqs_cos.shape)}, are not those of this model, "
+            f"made for rope_grid={rope.side}; try rope_grid={side}"
         )
 
 
@@ -614,14 +615,16 @@ def _create_local_vim(variant: str, pretrained: bool = False, depth: int = 20, *
 
 @register_model
 def local_vim_nano(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    """About a million parameters for images from 32 px."""
+    """About a million parameters for images from 32 px: patches of 8 pixels, N = 4."""
+    cross, local = ("h", "h_flip", "v", "v_flip"), ("h", "h_flip", "w2", "w2_flip")
     args = {
         "img_size": 32,
-        "patch_size": 4,
+        "patch_size": 8,
         "embed_dim": 128,
         "depth": 5,
-        "paths": (("h", "h_flip", "v", "v_flip"), ("h", "h_flip", "w2", "w2_flip")) * 2 + (("h", "h_flip", "v", "v_flip"),),
-        "rope_grid": 8,
+        "paths": (cross, local, cross, local, cross),
+        "d_state": 4,
+        "rope_grid": 4,
     }
     return _create_local_vim("local_vim_nano", pretrained, **{**args, **kwargs})
 
