@@ -330,30 +330,36 @@ def _groups(total: int, most: int) -> list[slice]:
 
 
 def _skip(x: Tensor, D: Tensor | None, k: int, merge: bool) -> Tensor:
-    """D x, the start of the output: (batch, H, W, C) merged, else (batch, K, H, W, C)."""
+    """D x, the start of the output: (batch, H, W, C) merged, else (batch, K, H, W, C).
+
+    Contiguous whatever the strides of x, since the scans are added to flattened views of it.
+    """
     batch, shared, height, width, channels = x.shape
+    y = x.new_empty((batch, height, width, channels) if merge else (batch, k, height, width, channels))
     if D is None:
-        return x.new_zeros((batch, height, width, channels) if merge else (batch, k, height, width, channels))
+        return y.zero_()
     if not merge:
-        return x * D[:, None, None]
-    if shared == 1:
-        return x[:, 0] * D.sum(0)
-    y = x[:, 0] * D[0]
-    for i in range(1, k):
+        return torch.mul(x, D[:, None, None], out=y)
+    torch.mul(x[:, 0], D.sum(0) if shared == 1 else D[0], out=y)
+    for i in range(1, shared):
         y.addcmul_(x[:, i], D[i])
     return y
 
 
 def _skip_backward(x: Tensor, D: Tensor | None, dy: Tensor, k: int, merge: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x (to add to) and D through D x."""
+    """The gradients of x (to add to, so contiguous as well) and D through D x."""
+    dx = x.new_empty(x.shape)
     if D is None:
-        return x.new_zeros(x.shape), None
+        return dx.zero_(), None
     if merge and x.shape[1] == 1:
         dD = (dy * x[:, 0]).sum((0, 1, 2)).expand(k, -1)
-        return (dy * D.sum(0)).unsqueeze(1), dD
+        return torch.mul(dy.unsqueeze(1), D.sum(0), out=dx), dD
     dy = dy.unsqueeze(1) if merge else dy
-    dx = dy * D[:, None, None]
-    return dx if x.shape[1] > 1 else dx.sum(1, keepdim=True), (dy * x).sum((0, 2, 3))
+    if x.shape[1] > 1:
+        torch.mul(dy, D[:, None, None], out=dx)
+    else:
+        torch.sum(dy * D[:, None, None], 1, keepdim=True, out=dx)
+    return dx, (dy * x).sum((0, 2, 3))
 
 
 def _weighted_sum(weights: Tensor, m: Tensor) -> Tensor:

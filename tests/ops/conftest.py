@@ -26,7 +26,7 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "chunked"])
+@pytest.fixture(params=["reference", "chunked"], scope="session")
 def backend(request):
     """Every backend that runs on a CPU."""
     return request.param

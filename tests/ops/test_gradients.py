@@ -118,6 +118,19 @@ def test_low_precision(dtype, state):
         assert_within_budget(actual, reference[name], exact[name], name)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 30.0, 1e4], ids=str)
+@pytest.mark.parametrize("rank", [None, 2], ids=["full dt", "low rank"])
+def test_extreme_steps(rank, scale):
+    """Steps far below, above and beyond what softplus and exp resolve: chunked agrees with the reference, and nothing is NaN."""
+    inputs = cross_selective_scan_inputs(2, (4, 5), 3, 2, CROSS, rank)
+    inputs["dt"] = inputs["dt"] * scale
+    inputs["dt_bias"] = inputs["dt_bias"] - (20.0 if scale < 1 else 0.0)
+    expected = outputs_and_gradients(cross_selective_scan, inputs, paths=CROSS, backend="reference")
+    actual = outputs_and_gradients(cross_selective_scan, inputs, paths=CROSS, backend="chunked")
+    assert all(t.isfinite().all() for t in expected.values())
+    torch.testing.assert_close(actual, expected)
+
+
 def test_half_precision_does_not_overflow(backend):
     """A state beyond the range of float16 whose output is within it: the state must be kept in float32."""
     length = 400

@@ -81,25 +81,26 @@ def test_meta_tensors(backend):
 # --- compilation ------------------------------------------------------------------------------------------------------
 
 
-def image_scan(x, dt, A, B, C, D, dt_weight, dt_bias):
-    return cross_selective_scan(x, dt, A, B, C, D, paths=PATHS, dt_weight=dt_weight, dt_bias=dt_bias)
+def image_scan(x, dt, A, B, C, D, dt_weight, dt_bias, backend=None):
+    return cross_selective_scan(x, dt, A, B, C, D, paths=PATHS, dt_weight=dt_weight, dt_bias=dt_bias, backend=backend)
 
 
-def packed_scan(x, x_dbl, A, D, dt_weight, dt_bias):
-    return cross_selective_scan_packed(x, x_dbl, A, D, paths=PATHS, dt_weight=dt_weight, dt_bias=dt_bias, merge=False)
+def packed_scan(x, x_dbl, A, D, dt_weight, dt_bias, backend=None):
+    options = {"paths": PATHS, "merge": False, "backend": backend}
+    return cross_selective_scan_packed(x, x_dbl, A, D, dt_weight=dt_weight, dt_bias=dt_bias, **options)
 
 
-def ordered_scan(x, A, D, dt_bias):
+def ordered_scan(x, A, D, dt_bias, backend=None):
     """LocalVim's way: cross_scan, projections and a scan in path order, cross_merge; here with a token in the middle."""
     _, height, width, _ = x.shape
     paths = ScanPaths(PATHS, (height, width), height * width // 2)
-    sequences = cross_scan(torch.nn.functional.pad(x.flatten(1, 2), (0, 0, 0, 1)), paths)
-    B, C = sequences[..., :2], sequences[..., 2:]
-    return cross_merge(cross_selective_scan(sequences, sequences, A, B, C, D, paths=paths, dt_bias=dt_bias, order="scan"), paths)
+    u = cross_scan(torch.nn.functional.pad(x.flatten(1, 2), (0, 0, 0, 1)), paths)
+    B, C = u[..., :2], u[..., 2:]
+    return cross_merge(cross_selective_scan(u, u, A, B, C, D, paths=paths, dt_bias=dt_bias, order="scan", backend=backend), paths)
 
 
-def mamba_scan(u, delta, A, B, C, D, z, delta_bias):
-    return selective_scan(u, delta, A, B, C, D, z, delta_bias, True, return_last_state=True)[0]
+def mamba_scan(u, delta, A, B, C, D, z, delta_bias, backend=None):
+    return selective_scan(u, delta, A, B, C, D, z, delta_bias, True, return_last_state=True, backend=backend)[0]
 
 
 SIZES = ((3, 5), (4, 6), (5, 4))
@@ -208,21 +209,30 @@ def test_inputs_unchanged_and_repeatable(form):
     torch.testing.assert_close(function(**leaves), kept, rtol=0, atol=0)
 
 
+def with_gaps(t):
+    """Every second element of a longer memory, the others NaN."""
+    return torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0]
+
+
+def reversed_axes(t):
+    """Dense, with the first axis the fastest: what a transposed map looks like."""
+    return t.permute(*range(t.dim())[::-1]).contiguous().permute(*range(t.dim())[::-1])
+
+
+@pytest.mark.parametrize("strided", [with_gaps, reversed_axes])
 @pytest.mark.parametrize("form", FORMS)
-def test_non_contiguous_inputs(form):
-    """Strided, offset, transposed and expanded inputs, and an expanded gradient, give what contiguous ones give."""
+def test_non_contiguous_inputs(form, strided, backend):
+    """Strided inputs and gradients, and an expanded gradient, give what contiguous ones give."""
     function, (inputs, *_) = FORMS[form]
-
-    def strided(t):
-        return torch.stack([t, torch.full_like(t, torch.nan)], dim=-1).movedim(0, -2)[..., 0].movedim(-1, 0)
-
-    views = {name: strided(t) for name, t in inputs.items()}
-    assert not any(t.is_contiguous() for t in views.values())
-    leaves, view_leaves = as_leaves(inputs), as_leaves(views)
-    y, y_view = function(**leaves), function(**view_leaves)
+    leaves = as_leaves(inputs)
+    views = {name: strided(t.detach()).requires_grad_() for name, t in inputs.items()}
+    assert not any(t.is_contiguous() for t in views.values() if t.dim() > 1)
+    y, y_view = function(**leaves, backend=backend), function(**views, backend=backend)
     torch.testing.assert_close(y_view, y)
-    gradients = grad(y.sum(), list(leaves.values()))  # the gradient of a sum is an expanded scalar
-    torch.testing.assert_close(grad(y_view.sum(), list(view_leaves.values())), gradients)
+    dy = torch.randn_like(y, memory_format=torch.contiguous_format)
+    for gradient, other in ((dy, strided(dy)), (torch.ones_like(y), torch.ones(()).expand(y.shape))):
+        expected = grad(y, list(leaves.values()), gradient, retain_graph=True)
+        torch.testing.assert_close(grad(y_view, list(views.values()), other, retain_graph=True), expected)
 
 
 def test_autocast_changes_nothing(backend):
