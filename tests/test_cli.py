@@ -294,6 +294,13 @@ def test_picture(saved, photo, tmp_path, capsys):
         assert picture.size == (900, 440)
 
 
+def test_names_that_the_terminal_cannot_show(saved, tmp_path, capsys):
+    path = save_image(tmp_path / "photo.png").rename(tmp_path / "photo\udcff.png")
+    status, out, err = run(capsys, "classify", saved[0], path)
+    assert (status, err) == (0, [])
+    assert out[2].endswith("photo\\udcff.png")
+
+
 def test_picture_refuses(saved, photo, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     for out, reason in (

@@ -24,6 +24,10 @@ def test_import_is_silent_and_light(tmp_path):
 import sys, visionssm
 loaded = [m for m in sys.modules if m.startswith(tuple(f + "." for f in {FORBIDDEN})) or m in {FORBIDDEN}]
 assert not loaded, loaded
+before = set(sys.modules)
+import visionssm.cli
+commands = [m for m in set(sys.modules) - before if m.startswith("visionssm.commands")]
+assert not commands, commands
 """
     run = python(code, "-W", "error", cwd=tmp_path)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -97,7 +97,7 @@ def load_classifier(name_or_checkpoint: str, device: str | None = None) -> Class
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; visionssm env says more")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = Path(name_or_checkpoint.removeprefix("local-dir:")).expanduser()
+    path = Path(name_or_checkpoint.removeprefix("local-dir:"))
     if is_model(name_or_checkpoint.split(".")[0]):
         model = _load_published(name_or_checkpoint)
     elif path.is_dir():
@@ -177,7 +177,8 @@ def _load_run(path: Path) -> nn.Module:
     classes = meta.get("dataset_meta", {}).get("classes")
     if classes:
         overlay["label_names"] = list(classes)
-    arguments.pop("pretrained", None)
+    for source in ("pretrained", "checkpoint_path"):  # of the weights that the run started from
+        arguments.pop(source, None)
     try:
         model = timm.create_model(architecture, pretrained_cfg_overlay=overlay, **arguments)
         model.load_state_dict(weights)
@@ -189,7 +190,10 @@ def _load_run(path: Path) -> nn.Module:
 
 def _preprocessing(model: Mapping[str, Any], dataset: Mapping[str, Any]) -> dict[str, Any]:
     """What the run's validation did to an image, in timm's terms."""
-    known = {**(dataset.get("transform") or {}), **(model.get("data_preprocessor") or {})}
+    known = dict(dataset.get("transform") or {})
+    normalisation = model.get("data_preprocessor") or {}
+    if normalisation.get("type") == "visionssm.ImagePreprocessor":
+        known.update(normalisation)
     overlay = {key: known[key] for key in _PREPROCESSING if key in known}
     size = dataset.get("input_size")
     if size:

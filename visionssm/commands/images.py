@@ -26,9 +26,9 @@ def open_image(path: Path, channels: int = 3) -> Image.Image:
     """
     if channels not in _CHANNELS:
         raise UserError(f"the model takes {channels} channels; an image has 1 or 3")
-    if path.is_dir():
-        raise UserError(f"{path}: a folder, expected an image file")
     try:
+        if path.is_dir():
+            raise UserError("a folder, expected an image file")
         # Pillow warns of oddities, large panoramas among them, in files that it reads all the same
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

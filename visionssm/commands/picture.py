@@ -3,10 +3,14 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visionssm.errors import UserError, first_line
 
 from .classifier import Prediction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_IMAGES = 100  # a row each; more make a picture that viewers refuse
 _THUMBNAIL = (480, 320)
@@ -72,7 +76,7 @@ class Picture:
         return self.path
 
     @staticmethod
-    def _draw_bars(axes: "Axes", prediction: Prediction) -> None:  # noqa: F821  a name of matplotlib's, which is not imported here
+    def _draw_bars(axes: "Axes", prediction: Prediction) -> None:
         places = range(len(prediction.classes))
         axes.barh(places, [score for _, score in prediction.classes], color="tab:green", alpha=0.4)
         for place, (name, score) in zip(places, prediction.classes, strict=True):
