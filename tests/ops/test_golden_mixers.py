@@ -1,4 +1,4 @@
-"""Whole mixers on the operators reproduce the published ones to 1e-5: VMamba's SS2D with gradients, LocalMamba's two mixers."""
+"""The zoo's mixers, on every backend, reproduce the published ones: Vim's and VMamba's with gradients, LocalMamba's two."""
 
 import pytest
 import torch
@@ -7,21 +7,76 @@ from fill import fill
 from ops_golden import Golden
 from timm.models.swin_transformer import PatchMerging
 
+from visionssm.layers.local_mixer import BiAttn
 from visionssm.layers.ss2d import SS2D
-from visionssm.ops import ScanPaths, cross_merge, cross_scan, cross_selective_scan, cross_selective_scan_packed
+from visionssm.layers.vim_mixer import VimMixer
+from visionssm.models.local_vim import LocalVimMixer
+from visionssm.ops import api
 
-SS2D_CASES, LOCAL = Golden("ss2d"), Golden("local")
+VIM, VMAMBA, LOCAL = Golden("vim"), Golden("ss2d"), Golden("local")
 LOCAL_CASES = {case["name"]: case for case in LOCAL.cases}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+# Published name -> the layer's: a stacked parameter takes one published tensor per direction.
+STACKED = {
+    "conv1d{}.weight": "conv1d_weight",
+    "conv1d{}.bias": "conv1d_bias",
+    "x_proj{}.weight": "x_proj_weight",
+    "dt_proj{}.weight": "dt_projs_weight",
+    "dt_proj{}.bias": "dt_projs_bias",
+    "A{}_log": "A_logs",
+    "A_log{}": "A_logs",
+    "D{}": "Ds",
+}
+
+
+@pytest.fixture(autouse=True)
+def on_backend(backend, monkeypatch):
+    """The layers leave the choice to the operator; here it falls on `backend`."""
+    monkeypatch.setattr(api, "choose_backend", lambda x, name: backend)
+
+
+def places(published, suffixes):
+    """{published name: (the layer's name, index of the direction or None)}, in the order of the directions."""
+    table = {old.format(s): (new, k) for old, new in STACKED.items() for k, s in enumerate(suffixes)}
+    return {name: table.get(name, (name, None)) for name in published}
+
+
+def load(module, weights, suffixes=()):
+    """Load published weights, strictly: those of the directions stacked, all in the layer's shapes."""
+    stacks = {}
+    for published, (name, k) in places(weights, suffixes).items():
+        stacks.setdefault(name, {})[k] = weights[published]
+    state = {
+        name: parts[None] if None in parts else torch.stack([parts[k] for k in sorted(parts)]) for name, parts in stacks.items()
+    }
+    module.load_state_dict({name: t.reshape(module.get_parameter(name).shape) for name, t in state.items()})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", ["mixer_L29", "mixer_L1"])
+def test_vim(case, dtype):
+    weights = {name: torch.from_numpy(array).to(dtype) for name, array in VIM.inputs(case).items()}
+    x, w = weights.pop("x").requires_grad_(), weights.pop("w")
+    mixer = VimMixer(32, dtype=dtype)
+    load(mixer, weights, ("", "_b"))
+    out = mixer(x)
+    out.backward(w)
+    actual = {"out": out.detach(), "grad.x": x.grad}
+    for published, (name, k) in places(weights, ("", "_b")).items():
+        gradient = mixer.get_parameter(name).grad
+        actual[f"grad.{published}"] = gradient if k is None else gradient[k]
+    VIM.compare(case, {name: t.numpy() for name, t in actual.items()}, TOLERANCE[dtype])
 
 
 def filled(case, dtype=torch.float64):
     return {name: torch.from_numpy(fill(name, shape)).to(dtype) for name, shape in case["state_dict"]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("case", SS2D_CASES.cases, ids=lambda case: case["tag"])
-def test_ss2d(case, dtype):
-    """The layer against VMamba's, gated and not, with and without convolution bias, N = 1 and 16, in both layouts."""
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", VMAMBA.cases, ids=lambda case: case["tag"])
+def test_vmamba(case, dtype):
+    """Gated and not, with and without convolution bias, N = 1 and 16, in both layouts; the reference outputs are float32."""
     weights = filled(case, dtype)
     inner = weights["out_norm.weight"].numel()
     mixer = SS2D(
@@ -32,101 +87,58 @@ def test_ss2d(case, dtype):
         conv_bias="conv2d.bias" in weights,
         dtype=dtype,
     )
-    mixer.load_state_dict({name: t.reshape(mixer.get_parameter(name).shape) for name, t in weights.items()})
-    data = {name: torch.from_numpy(array).to(dtype) for name, array in SS2D_CASES.inputs(case["tag"]).items()}
+    load(mixer, weights)
+    data = {name: torch.from_numpy(array).to(dtype) for name, array in VMAMBA.inputs(case["tag"]).items()}
     x = data["x"].requires_grad_()
     y = mixer(x.movedim(1, -1)).movedim(-1, 1) if case["channel_first"] else mixer(x)
     y.backward(data["w"])
     actual = {"y": y.detach(), "dx": x.grad} | {f"d:{name}": p.grad for name, p in mixer.named_parameters()}
-    SS2D_CASES.compare(case["tag"], {name: t.numpy() for name, t in actual.items()}, 1e-5)
+    VMAMBA.compare(case["tag"], {name: t.numpy() for name, t in actual.items()}, 1e-5)
 
 
-def channel_gate(y, weights, prefix="attn."):
-    """LocalMamba's BiAttn on (..., length, inner): scale the channels by a gate computed from the mean of the normed sequence."""
-    w = {name.removeprefix(prefix): t for name, t in weights.items()}
-    g = F.layer_norm(y, y.shape[-1:], w["norm.weight"], w["norm.bias"], 1e-5).mean(-2, keepdim=True)
-    g = F.gelu(F.linear(g, w["global_reduce.weight"], w["global_reduce.bias"]))
-    return y * torch.sigmoid(F.linear(g, w["channel_select.weight"], w["channel_select.bias"]))
+class SearchedAttn(torch.nn.Module):
+    """The search's super-net: the directions go through BiAttn apart, are normed, and weighed by a softmax."""
 
+    def __init__(self, attn, weights):
+        super().__init__()
+        self.attn, self.weights = attn, weights
 
-def sum_paths(ys, weights):
-    """(batch, K, length, inner) -> (batch, length, inner); the super-net norms the paths and weighs them by a softmax."""
-    if "multi_scan.weights" not in weights:
-        return ys.sum(1)
-    share = torch.softmax(weights["multi_scan.weights"].flatten(), 0)[:, None, None]
-    return (share * F.layer_norm(ys, ys.shape[-1:], eps=1e-5)).sum(1)
-
-
-def stacked(weights, name, count):
-    return torch.stack([weights[name.format(k)] for k in range(count)])
-
-
-def local_vim_mixer(x, weights, paths, backend):
-    """LocalVim's mixer on (batch, tokens, dim): convolution, projections and gate per path, in scan order."""
-    k, state = len(paths), weights["A_log_0"].shape[1]
-    u, z = cross_scan(F.linear(x, weights["in_proj.weight"]), paths).chunk(2, dim=-1)  # (batch, K, L', inner)
-    inner, rank = u.shape[-1], weights["dt_proj_0.weight"].shape[1]
-    conv_weight = stacked(weights, "conv1d_{}.weight", k).flatten(0, 1)  # (K * inner, 1, 4)
-    conv_bias = stacked(weights, "conv1d_{}.bias", k).flatten()
-    u = F.conv1d(F.pad(u.mT.flatten(1, 2), (3, 0)), conv_weight, conv_bias, groups=k * inner)
-    u = F.silu(u).unflatten(1, (k, inner)).mT
-    projected = torch.einsum("bklc,kmc->bklm", u, stacked(weights, "x_proj_{}.weight", k))
-    dt, B, C = projected.split([rank, state, state], dim=-1)
-    ys = cross_selective_scan(
-        u,
-        dt,
-        -stacked(weights, "A_log_{}", k).exp(),
-        B,
-        C,
-        stacked(weights, "D_{}", k),
-        dt_weight=stacked(weights, "dt_proj_{}.weight", k),
-        dt_bias=stacked(weights, "dt_proj_{}.bias", k),
-        paths=paths,
-        order="scan",
-        backend=backend,
-    )
-    ys = cross_merge(ys * F.silu(z), paths, merge=False)
-    ys = ys if paths.token_at is not None else ys.flatten(2, 3)
-    return F.linear(sum_paths(channel_gate(ys, weights), weights), weights["out_proj.weight"])
-
-
-def local_ss2d(x, weights, paths, backend):
-    """LocalVMamba's mixer on (batch, H, W, dim): one convolution and gate, the paths apart until the channel gate."""
-    k, inner, rank = weights["dt_projs_weight"].shape
-    u, z = F.linear(x, weights["in_proj.weight"]).chunk(2, dim=-1)
-    u = F.silu(F.conv2d(u.movedim(-1, 1), weights["conv2d.weight"], weights["conv2d.bias"], padding=1, groups=inner)).movedim(1, -1)
-    assert rank + 2 * weights["A_logs"].shape[1] == weights["x_proj_weight"].shape[1]
-    ys = cross_selective_scan_packed(
-        u,
-        torch.einsum("bhwc,kmc->bhwkm", u, weights["x_proj_weight"]),
-        -weights["A_logs"].exp().unflatten(0, (k, inner)),
-        weights["Ds"].unflatten(0, (k, inner)),
-        dt_weight=weights["dt_projs_weight"],
-        dt_bias=weights["dt_projs_bias"],
-        paths=paths,
-        merge=False,
-        backend=backend,
-    )
-    y = sum_paths(channel_gate(ys.flatten(2, 3), weights, "multi_scan.attn."), weights).reshape(u.shape)
-    y = F.layer_norm(y, (inner,), weights["out_norm.weight"], weights["out_norm.bias"], 1e-5)
-    return F.linear(y * F.silu(z), weights["out_proj.weight"])
+    def forward(self, y):
+        share = torch.softmax(self.weights.flatten(), 0)
+        apart = [self.attn(y[:, k : k + 1]) for k in range(y.shape[1])]
+        return sum(s * F.layer_norm(m, m.shape[-1:], eps=1e-5) for s, m in zip(share, apart, strict=True))
 
 
 @pytest.mark.parametrize("name", [name for name, case in LOCAL_CASES.items() if "directions" in case])
-def test_local_mixer(name, backend):
+def test_local_mamba(name):
     """Both mixers over windows that pad, odd and non-square grids, class tokens, and the super-nets' eight paths."""
     case = LOCAL_CASES[name]
+    weights, paths, grid = filled(case), tuple(case["directions"]), tuple(case["grid"])
+    search = weights.pop("multi_scan.weights", None)
     x = torch.from_numpy(LOCAL.inputs(name)["in"]).double()
-    grid = tuple(case["grid"])
-    token_at = grid[0] * grid[1] // 2 if "_cls_" in name else None
-    paths = ScanPaths(tuple(case["directions"]), grid, token_at)
-    mixer = local_ss2d if "ss2d" in name else local_vim_mixer
-    LOCAL.compare(name, {"out": mixer(x, filled(case), paths, backend).numpy()}, 1e-5)
+    if "ss2d" in name:
+        mixer = SS2D(32, 16, 2.0, paths, gate=True, conv_bias=True, scan_attn=BiAttn, dtype=torch.float64)
+        load(mixer, {key.replace("multi_scan.attn.", "scan_attn."): t for key, t in weights.items()})
+        if search is not None:
+            mixer.scan_attn = SearchedAttn(mixer.scan_attn, search)
+        arguments = (x,)
+    else:
+        mixer = LocalVimMixer(32, paths, class_token="_cls_" in name, dtype=torch.float64)
+        load(mixer, weights, [f"_{k}" for k in range(len(paths))])
+        if search is not None:
+            mixer.attn = SearchedAttn(mixer.attn, search)
+        arguments = (x, grid)
+    with torch.no_grad():
+        out = mixer(*arguments)
+    LOCAL.compare(name, {"out": out.numpy()}, 1e-5)
 
 
-def test_local_channel_gate():
-    x = torch.from_numpy(LOCAL.inputs("biattn")["in"]).double()
-    LOCAL.compare("biattn", {"out": channel_gate(x, filled(LOCAL_CASES["biattn"]), prefix="").numpy()}, 1e-5)
+def test_local_channel_attention():
+    attn = BiAttn(32, dtype=torch.float64)
+    attn.load_state_dict(filled(LOCAL_CASES["biattn"]))
+    with torch.no_grad():
+        out = attn(torch.from_numpy(LOCAL.inputs("biattn")["in"]).double()[:, None])
+    LOCAL.compare("biattn", {"out": out.numpy()}, 1e-5)
 
 
 def test_local_patch_merging():
