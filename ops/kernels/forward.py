@@ -1,0 +1,153 @@
+# ruff: noqa: ANN001, ANN201, E501  (Triton reads annotations as its own)
+"""The forward scan kernel."""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    LOG2E,
+    expand_step,
+    path_code,
+    path_length,
+    pick_row,
+    scan_states,
+    softplus,
+    split_weight,
+    tile_positions,
+    to_rows,
+)
+
+
+@triton.jit
+def scan_forward_kernel(
+    x_ptr, dt_ptr, b_ptr, c_ptr, z_ptr, A_ptr, D_ptr, weight_ptr, bias_ptr,
+    y_ptr, states_ptr, last_ptr, total_ptr,
+    height, width, channels, tiles, tiles_per_split, splits,
+    x_b, x_k, x_p, x_c, dt_b, dt_k, dt_p, dt_c, b_b, b_k, b_p, b_n, c_b, c_k, c_p, c_n,
+    z_b, z_k, z_p, z_c, y_b, y_k, y_p, y_c,
+    PATHS: tl.constexpr, WINDOWS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT_DOT: tl.constexpr,
+    SUMMARY: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """One program walks one path of one image, for BC channels, tile by tile, over one split of the path.
+
+    `states` (batch, K, tiles, N, C) receives the state before every tile; where a split starts inside the path it must already
+    hold the state there. With SUMMARY nothing but the split's end state, from zero (in `states`, (batch, K, splits, N, C)), and its
+    sum of delta. One state variable is carried in registers, more are carried through `states`, in a loop over them.
+    """
+    K: tl.constexpr = len(PATHS)
+    blocks = (channels + BC - 1) // BC
+    pid = tl.program_id(0)
+    block = pid % blocks
+    rest = pid // blocks
+    k = rest % K
+    rest = rest // K
+    split = rest % splits
+    batch = (rest // splits).to(tl.int64)
+    kind, flip = path_code(PATHS, k)
+    length = path_length(kind, height, width)
+
+    c = tl.max_contiguous(tl.multiple_of(block * BC + tl.arange(0, BC), BC), VEC)
+    real = c < channels
+    i = tl.arange(0, BT)
+    row = i[:, None]
+    x_ptr += batch * x_b + k * x_k + c[None, :].to(tl.int64) * x_c
+    y_ptr += batch * y_b + k * y_k + c[None, :].to(tl.int64) * y_c
+    dt_ptr += batch * dt_b + k * dt_k
+    if PACKED:
+        b_ptr = dt_ptr + RANK
+        c_ptr = dt_ptr + RANK + N
+    else:
+        b_ptr += batch * b_b + k * b_k
+        c_ptr += batch * c_b + k * c_k
+    kc = (k * channels + c).to(tl.int64)
+    A_ptr += k.to(tl.int64) * N * channels + c
+    last_ptr += (batch * K + k) * N * channels + c
+    tile = split * tiles_per_split
+    end = tl.minimum(tile + tiles_per_split, tiles)
+    if SUMMARY:
+        slot: tl.constexpr = 0
+        states_ptr += ((batch * K + k) * splits + split) * N * channels + c
+    else:
+        slot = N * channels
+        states_ptr += ((batch * K + k) * tiles + tile) * slot + c
+
+    h = tl.zeros([BC], tl.float32)
+    if SUMMARY or split == 0:
+        n = 0
+        while n < N:
+            tl.store(states_ptr + n * channels, h, mask=real)
+            n += 1
+    if N == 1:
+        A = tl.load(A_ptr, mask=real, other=0.0).to(tl.float32) * LOG2E
+        h = tl.load(states_ptr, mask=real, other=0.0)
+    D = tl.zeros([BC], tl.float32)
+    if HAS_D:
+        D = tl.load(D_ptr + kc, mask=real, other=0.0).to(tl.float32)
+    bias = tl.zeros([BC], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + kc, mask=real, other=0.0).to(tl.float32)
+    if R > 0:
+        r = tl.arange(0, BR)
+        weight_ptr += kc[None, :] * R + r[:, None]
+        weight_mask = (r[:, None] < R) & real[None, :]
+        if BR <= 16:  # else it would fill the registers: read again for every tile, from the L1 cache
+            high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
+    total = tl.zeros([BC], tl.float32)
+
+    while tile < end:  # not `for`: there Triton moves the weight's conversion to the tensor cores' layout into the loop
+        p, exists, inside = tile_positions(tile, i, kind, flip, length, height, width, WINDOWS, BT)
+        if WIDE:
+            p = p.to(tl.int64)
+        p_rows = to_rows(p)
+        in_rows = to_rows(inside.to(tl.int32)) != 0
+        here = in_rows[:, None] & real[None, :]
+        x = tl.load(x_ptr + p_rows[:, None] * x_p, mask=here, other=0.0).to(tl.float32)
+        if R > 0:
+            dt = tl.load(dt_ptr + p[:, None] * dt_p + r[None, :] * dt_c, mask=inside[:, None] & (r[None, :] < R), other=0.0).to(
+                tl.float32
+            )
+            if BR > 16:
+                high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
+            v = expand_step(dt, high, low, bias, SPLIT_DOT)
+        else:
+            v = tl.load(dt_ptr + p_rows[:, None] * dt_p + c[None, :] * dt_c, mask=here, other=0.0).to(tl.float32)
+            v += bias[None, :]
+        if SOFTPLUS:
+            v, _ = softplus(v)
+        delta = v
+        if LAST:  # steps after the end of a path change nothing else
+            delta = tl.where(exists[:, None], v, 0.0)
+        dx = delta * x
+        if SUMMARY:
+            total += tl.sum(delta, 0)
+        y = D[None, :] * x
+        n = 0
+        while n < N:
+            if N > 1:
+                A = tl.load(A_ptr + n * channels, mask=real, other=0.0).to(tl.float32) * LOG2E
+                h = tl.load(states_ptr + n * channels, mask=real, other=0.0)
+            B = to_rows(tl.load(b_ptr + p * b_p + n * b_n, mask=inside, other=0.0).to(tl.float32))
+            a = tl.exp2(delta * A[None, :])
+            state = scan_states(a, dx * B[:, None], h[None, :], row == 0)
+            if not SUMMARY:
+                C = to_rows(tl.load(c_ptr + p * c_p + n * c_n, mask=inside, other=0.0).to(tl.float32))
+                y += state * C[:, None]
+            h = pick_row(state, row == BT - 1)
+            if SUMMARY or tile + 1 < end:
+                tl.store(states_ptr + slot + n * channels, h, mask=real)
+            elif LAST:
+                if end == tiles:  # noqa: SIM102  (LAST is decided by the compiler, this one at run time)
+                    tl.store(last_ptr + n * channels, h, mask=real)
+            n += 1
+        if not SUMMARY:
+            if HAS_Z:
+                z = tl.load(z_ptr + batch * z_b + k * z_k + p_rows[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(
+                    tl.float32
+                )
+                y = y * z / (1.0 + tl.exp2(-z * LOG2E))
+            tl.store(y_ptr + p_rows[:, None] * y_p, y, mask=here)
+        states_ptr += slot
+        tile += 1
+    if SUMMARY:
+        tl.store(total_ptr + ((batch * K + k) * splits + split) * channels + c, total, mask=real)

@@ -1,0 +1,338 @@
+"""From tensors to kernel launches: strides, tiles, splits, and the sums that follow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..paths import parse_path  # noqa: TID252
+from .backward import scan_backward_kernel
+from .forward import scan_forward_kernel
+from .projection import step_gradient_kernel, weight_gradient_kernel
+from .reduce import carry_kernel, sum_parts_kernel
+
+STEPS = 16
+"""Positions in a tile; the states at tile boundaries are what the backward keeps."""
+
+_BLOCK = 1024
+
+
+def states_shape(batch: int, k: int, length: int, channels: int, state: int) -> tuple[int, ...]:
+    """Shape of what `forward` keeps for `backward`: the states before every tile of `STEPS` steps of paths of `length` steps."""
+    return (batch, k, (length + STEPS - 1) // STEPS, state, channels)
+
+
+def forward(
+    x: Tensor,
+    x_dbl: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    paths: tuple[str, ...],
+    dt_softplus: bool,
+    merge: bool,
+    return_last_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See library.py."""
+    scan = _Scan.of_map(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
+    batch, _, height, width, channels = x.shape
+    merge_parts = merge and scan.k > 1
+    parts = x.new_empty((batch, scan.k, height, width, channels), dtype=torch.float32 if merge_parts else x.dtype)
+    states, last_state = scan.forward(parts.flatten(2, 3), return_last_state)
+    if merge_parts:
+        return _sum_parts(parts, x.dtype), last_state, states
+    return (parts.squeeze(1) if merge else parts), last_state, states
+
+
+def backward(
+    dy: Tensor,
+    states: Tensor,
+    x: Tensor,
+    x_dbl: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    paths: tuple[str, ...],
+    dt_softplus: bool,
+    merge: bool,
+) -> tuple[Tensor, ...]:
+    """See library.py."""
+    scan = _Scan.of_map(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
+    batch, xs, height, width, channels = x.shape
+    sum_paths = xs == 1 and scan.k > 1
+    dx = x.new_empty((batch, scan.k, height, width, channels), dtype=torch.float32 if sum_paths else x.dtype)
+    dy = _flat(dy.unsqueeze(1) if merge else dy)
+    rank, blocks = scan.rank, scan.blocks
+    fused = scan.fused
+    if not fused:
+        dx_dbl = x_dbl.new_empty(x_dbl.shape)
+        ddt = dx_dbl[..., :rank].flatten(1, 2).transpose(1, 2).unsqueeze(0)
+        packed = x_dbl.new_empty((blocks, *x_dbl.shape[:-1], 2 * scan.n), dtype=torch.float32)
+        dB, dC = packed.flatten(2, 3).transpose(2, 3).split(scan.n, dim=-1)
+    else:
+        packed = x_dbl.new_empty((blocks, *x_dbl.shape), dtype=torch.float32 if blocks > 1 else x_dbl.dtype)
+        ddt, dB, dC = packed.flatten(2, 3).transpose(2, 3).split([rank, scan.n, scan.n], dim=-1)
+    sums = scan.backward(dy, states, dx.flatten(2, 3), None, ddt, dB, dC)
+    if not fused:
+        dx_dbl[..., rank:] = packed.sum(0)
+    else:
+        dx_dbl = packed[0] if blocks == 1 else _sum_parts(packed.unsqueeze(0), x_dbl.dtype)[0]
+    return (_sum_parts(dx, x.dtype).unsqueeze(1) if sum_paths else dx, dx_dbl, *sums)
+
+
+@dataclass
+class _Scan:
+    """The operands of one scan as `(batch, 1 or K, positions, .)` views, with A as (K, N, C), and how it is cut up."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor | None
+    A: Tensor
+    D: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    size: tuple[int, int]
+    paths: tuple[str, ...]
+    softplus: bool
+    packed: bool
+
+    @classmethod
+    def of_map(
+        cls,
+        x: Tensor,
+        x_dbl: Tensor,
+        A: Tensor,
+        D: Tensor | None,
+        dt_weight: Tensor | None,
+        dt_bias: Tensor | None,
+        paths: tuple[str, ...],
+        softplus: bool,
+    ) -> _Scan:
+        """From the operands of `cross_selective_scan`."""
+        n = A.shape[2]
+        rank = x_dbl.shape[-1] - 2 * n
+        height, width = x.shape[2:4]
+        projection = _flat(x_dbl.permute(0, 3, 1, 2, 4))
+        dt, B, C = projection.split([rank, n, n], dim=-1)
+        parameters = (None if t is None else t.contiguous() for t in (A.transpose(1, 2), D, dt_weight, dt_bias))
+        return cls(_flat(x), dt, B, C, None, *parameters, (height, width), paths, softplus, projection.stride(-1) == 1)
+
+    @property
+    def k(self) -> int:
+        return len(self.paths)
+
+    @property
+    def n(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.dt.shape[-1]
+
+    @property
+    def fused(self) -> bool:
+        """Whether the backward kernel itself carries the gradients of a low-rank step through to dt and its weight."""
+        return self.weight is not None and self.rank <= 16
+
+    @property
+    def channels(self) -> int:
+        return self.x.shape[-1]
+
+    @property
+    def blocks(self) -> int:
+        return triton.cdiv(self.channels, self._tile()["BC"])
+
+    def _tile(self) -> dict[str, int]:
+        """Tile and warps: one warp, its lanes on adjacent channels, one or two channels a lane."""
+        block = 64 if self.channels > 32 else 32
+        return {"BT": STEPS, "BC": block, "VEC": block // 32, "num_warps": 1}
+
+    def _length(self) -> int:
+        height, width = self.size
+        windows = (max(parse_path(name).window, 1) for name in self.paths)
+        return max(triton.cdiv(height, w) * triton.cdiv(width, w) * w * w for w in windows)
+
+    def _splits(self, programs: int, tiles: int) -> tuple[int, int]:
+        """Number of splits of every path, and tiles in each: enough programs to fill the device, no more."""
+        wanted = max(1, 8 * _processors(self.x.device) // programs)
+        per_split = max(triton.cdiv(tiles, wanted), min(tiles, 4))
+        return triton.cdiv(tiles, per_split), per_split
+
+    def _codes(self) -> tuple[int, ...]:
+        specs = [parse_path(name) for name in self.paths]
+        thin = min(self.size) == 1
+        return tuple(2 * (s.window + 1 if s.window else int(s.column and not thin)) + s.flip for s in specs)
+
+    def _common(self, tiles: int) -> tuple[dict[str, object], int]:
+        """The arguments that both kernels take, and the number of programs."""
+        height, width = self.size
+        batch = self.x.shape[0]
+        programs = self.blocks * self.k * batch
+        splits, per_split = self._splits(programs, tiles)
+        tensors = {"x": self.x, "dt": self.dt, "b": self.B, "c": self.C, "z": self.z}
+        pointers = {f"{name}_ptr": t for name, t in tensors.items()}
+        pointers |= {"A_ptr": self.A, "D_ptr": self.D, "weight_ptr": self.weight, "bias_ptr": self.bias}
+        arguments = pointers | {key: value for name, t in tensors.items() for key, value in _strides(name, t).items()}
+        arguments |= {
+            "height": height, "width": width, "channels": self.channels, "tiles": tiles, "tiles_per_split": per_split,
+            "splits": splits,
+            "PATHS": self._codes(), "WINDOWS": any(parse_path(name).window for name in self.paths), "N": self.n,
+            "R": 0 if self.weight is None else self.rank, "BR": max(16, triton.next_power_of_2(self.rank)),
+            "RANK": self.rank, "PACKED": self.packed,
+            "HAS_D": self.D is not None, "HAS_BIAS": self.bias is not None, "HAS_Z": self.z is not None,
+            "SOFTPLUS": self.softplus, "SPLIT_DOT": self.dt.element_size() == 2,
+            **self._tile(),
+        }  # fmt: skip
+        return arguments, programs * splits
+
+    def forward(self, y: Tensor, return_last_state: bool) -> tuple[Tensor, Tensor]:
+        """Write y (batch, K, positions, C); returns the states at tile boundaries and the last state (or empty)."""
+        x, k, n, channels = self.x, self.k, self.n, self.channels
+        batch = x.shape[0]
+        length = self._length()
+        states = x.new_empty(states_shape(batch, k, length, channels, n), dtype=torch.float32)
+        last_state = x.new_empty((batch, k, n, channels) if return_last_state else (0,), dtype=torch.float32)
+        arguments, programs = self._common(states.shape[2])
+        arguments |= {"y_ptr": y, "WIDE": _wide(x, self.dt, y), **_strides("y", y)}
+        with _device(x):
+            splits = arguments["splits"]
+            if splits > 1:
+                ends, totals = self._ends_and_totals(splits)
+                scan_forward_kernel[(programs,)](
+                    **arguments, states_ptr=ends, last_ptr=ends, total_ptr=totals, SUMMARY=True, LAST=False
+                )
+                self._carry(ends, totals, states, states.stride(1), arguments["tiles_per_split"] * states.stride(2), REVERSE=False)
+            scan_forward_kernel[(programs,)](
+                **arguments, states_ptr=states, last_ptr=last_state, total_ptr=states, SUMMARY=False, LAST=return_last_state
+            )
+        return states, last_state.transpose(2, 3) if return_last_state else last_state
+
+    def backward(
+        self, dy: Tensor, states: Tensor, dx: Tensor, dz: Tensor | None, ddt: Tensor, dB: Tensor, dC: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Write the gradients of the maps; returns dA, dD, ddt_weight, ddt_bias.
+
+        `dx`, `dz` are (batch, K, positions, C); `ddt`, `dB`, `dC` (channel blocks, batch, K, positions, .) with a full dt's first axis
+        of size 1 (its blocks write apart).
+        """
+        x, k, n, channels = self.x, self.k, self.n, self.channels
+        arguments, programs = self._common(states.shape[2])
+        splits = arguments["splits"]
+        widths = (n, int(self.D is not None), self.rank if self.fused else 0, int(self.bias is not None))
+        through = self.weight is not None and not self.fused
+        dv = x.new_empty((1, *dx.shape), dtype=torch.float32) if through else ddt
+        sums = x.new_empty((x.shape[0] * splits, k * channels * sum(widths)), dtype=torch.float32)
+        dA, dD, dweight, dbias = sums.split([k * channels * w for w in widths], dim=1)
+        arguments |= {
+            "dy_ptr": dy, "states_ptr": states, "dx_ptr": dx, "dz_ptr": dz, "ddt_ptr": dv, "FUSED": self.fused, "db_ptr": dB, "dc_ptr": dC,
+            "dA_ptr": dA, "dD_ptr": dD, "dweight_ptr": dweight, "dbias_ptr": dbias, "sums_part": sums.stride(0),
+            "WIDE": _wide(x, self.dt, dx, dv), **_strides("dy", dy), **_strides("dx", dx),
+            "ddt_block": dv.stride(0) if dv.shape[0] > 1 else 0, "db_block": dB.stride(0),
+            **_strides("ddt", dv[0]), **_strides("db", dB[0], last="n"),
+        }  # fmt: skip
+        with _device(x):
+            carry, totals = self._ends_and_totals(splits)
+            if splits > 1:
+                ends, _ = self._ends_and_totals(splits)
+                scan_backward_kernel[(programs,)](**arguments, carry_ptr=ends, total_ptr=totals, SUMMARY=True)
+                self._carry(ends, totals, carry, carry.stride(1), carry.stride(2), REVERSE=True)
+            scan_backward_kernel[(programs,)](**arguments, carry_ptr=carry, total_ptr=totals, SUMMARY=False)
+        totals = list(sums.sum(0).split([k * channels * w for w in widths]))
+        totals[0] = totals[0].view(k, n, channels).transpose(1, 2)
+        if through:
+            totals[2] = self._through_projection(dv, ddt[0])
+        given = (self.A, self.D, self.weight, self.bias)
+        shapes = ((k, channels, n), (k, channels), (k, channels, self.rank), (k, channels))
+        return tuple(
+            x.new_empty(0) if t is None else g.reshape(shape).to(t.dtype, memory_format=torch.contiguous_format)
+            for t, g, shape in zip(given, totals, shapes, strict=True)
+        )
+
+    def _through_projection(self, dv: Tensor, ddt: Tensor) -> Tensor:
+        """From the gradient of the full step (1, batch, K, positions, C): writes `ddt`, returns the weight's."""
+        _, batch, k, positions, channels = dv.shape
+        blocks = triton.cdiv(positions, 64)
+        chunks = min(32, blocks * batch)
+        parts = dv.new_empty((chunks, *self.weight.shape))
+        shared = {"K": k, "R": self.rank, "BR": max(16, triton.next_power_of_2(self.rank)), "BP": 64, "num_warps": 4}
+        split = self.dt.element_size() == 2
+        with _device(dv):
+            step_gradient_kernel[(blocks * k * batch,)](
+                dv, self.weight, ddt, positions, channels, *_strides("ddt", ddt).values(), TF32=split, BC=64, **shared
+            )
+            weight_gradient_kernel[(triton.cdiv(channels, 64) * k * chunks,)](
+                dv,
+                self.dt,
+                parts,
+                batch,
+                positions,
+                channels,
+                chunks,
+                *_strides("dt", self.dt).values(),
+                SPLIT=split,
+                BC=64,
+                **shared,
+            )
+        return parts.sum(0)
+
+    def _ends_and_totals(self, splits: int) -> tuple[Tensor, Tensor]:
+        """Room for the end of every split, (batch, K, splits, N, C), and for its sum of delta."""
+        shape = (self.x.shape[0], self.k, splits)
+        return tuple(self.x.new_empty((*shape, *rest, self.channels), dtype=torch.float32) for rest in ((self.n,), ()))
+
+    def _carry(self, ends: Tensor, totals: Tensor, carry: Tensor, stride_path: int, stride_split: int, REVERSE: bool) -> None:
+        """From a first pass that scanned every split from zero: what enters each of them."""
+        count = self.x.shape[0] * self.A.numel()
+        carry_kernel[(triton.cdiv(count, 128),)](
+            ends, totals, self.A, carry, count, self.k, ends.shape[2], self.channels, stride_path, stride_split,
+            REVERSE=REVERSE, N=self.n, BLOCK=128, num_warps=4,
+        )  # fmt: skip
+
+
+def _flat(maps: Tensor) -> Tensor:
+    """(batch, 1 or K, H, W, M) -> (batch, 1 or K, H * W, M), copied only if rows and columns have no common stride."""
+    height, width = maps.shape[2:4]
+    if height > 1 and width > 1 and maps.stride(2) != width * maps.stride(3):
+        maps = maps.contiguous()
+    return maps.flatten(2, 3)
+
+
+def _strides(name: str, t: Tensor | None, last: str | None = None) -> dict[str, int]:
+    """Stride arguments of a (batch, 1 or K, positions, .) operand; one map for all paths has a path stride of 0."""
+    last = last or ("n" if name in "bc" else "c")
+    b, k, p, c = (0, 0, 0, 0) if t is None else t.stride()
+    return {f"{name}_b": b, f"{name}_k": 0 if t is None or t.shape[1] == 1 else k, f"{name}_p": p, f"{name}_{last}": c}
+
+
+def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """(outer, parts, ...) -> (outer, ...), summed in float32."""
+    out = parts.new_empty((parts.shape[0], *parts.shape[2:]), dtype=dtype)
+    inner = math.prod(parts.shape[2:])
+    count = out.numel()
+    with _device(parts):
+        sum_parts_kernel[(triton.cdiv(count, _BLOCK),)](
+            parts, out, count, parts.shape[1], inner, parts.shape[1] * inner, BLOCK=_BLOCK, num_warps=4
+        )
+    return out
+
+
+def _wide(*maps: Tensor) -> bool:
+    """Whether an offset inside one image of one path can exceed 32 bits."""
+    return any((m.shape[-2] - 1) * m.stride(-2) + (m.shape[-1] - 1) * m.stride(-1) >= 2**31 for m in maps)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _device(t: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(t.device if t.is_cuda else -1)

@@ -1,0 +1,75 @@
+# ruff: noqa: ANN001, ANN201, E501  (Triton reads annotations as its own)
+"""Gradients of a low-rank step, from those of the full step: two small matrix products over what the scan kernel wrote."""
+
+import triton
+import triton.language as tl
+
+from .common import split_weight
+
+
+@triton.jit
+def step_gradient_kernel(
+    dv_ptr, weight_ptr, ddt_ptr, positions, channels, ddt_b, ddt_k, ddt_p, ddt_c,
+    K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, TF32: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """ddt[p, r] = sum over c of dv[p, c] weight[c, r], for one image and path and BP positions; dv is (batch, K, positions, C)."""
+    blocks = (positions + BP - 1) // BP
+    pid = tl.program_id(0)
+    p = (pid % blocks) * BP + tl.arange(0, BP)
+    k = (pid // blocks) % K
+    image = (pid // blocks).to(tl.int64)  # batch * K + k
+    r = tl.arange(0, BR)
+    ddt = tl.zeros([BP, BR], tl.float32)
+    first = 0
+    while first < channels:
+        c = first + tl.arange(0, BC)
+        real = c < channels
+        at = (image * positions + p[:, None]) * channels + c[None, :]
+        dv = tl.load(dv_ptr + at, mask=(p[:, None] < positions) & real[None, :], other=0.0)
+        weight = tl.load(
+            weight_ptr + (k * channels + c[:, None]) * R + r[None, :], mask=real[:, None] & (r[None, :] < R), other=0.0
+        )
+        ddt = tl.dot(dv, weight.to(tl.float32), ddt, input_precision="tf32" if TF32 else "ieee")
+        first += BC
+    ddt_ptr += (image // K) * ddt_b + k * ddt_k + p[:, None].to(tl.int64) * ddt_p + r[None, :] * ddt_c
+    tl.store(ddt_ptr, ddt, mask=(p[:, None] < positions) & (r[None, :] < R))
+
+
+@triton.jit
+def weight_gradient_kernel(
+    dv_ptr, dt_ptr, parts_ptr, batch, positions, channels, chunks, dt_b, dt_k, dt_p, dt_c,
+    K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SPLIT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """parts[j, k, c, r] = sum over every `chunks`-th block of positions of dv[p, c] dt[p, r], to float32 accuracy."""
+    cs = (channels + BC - 1) // BC
+    pid = tl.program_id(0)
+    c = (pid % cs) * BC + tl.arange(0, BC)
+    real = c < channels
+    k = (pid // cs) % K
+    chunk = pid // cs // K
+    r = tl.arange(0, BR)
+    dweight = tl.zeros([BR, BC], tl.float32)
+    blocks = (positions + BP - 1) // BP
+    block = chunk
+    while block < blocks * batch:
+        image = (block // blocks).to(tl.int64)
+        p = (block % blocks) * BP + tl.arange(0, BP)
+        here = p < positions
+        dv = tl.load(
+            dv_ptr + ((image * K + k) * positions + p[:, None]) * channels + c[None, :],
+            mask=here[:, None] & real[None, :],
+            other=0.0,
+        )
+        dt = tl.load(
+            dt_ptr + image * dt_b + k * dt_k + p[None, :].to(tl.int64) * dt_p + r[:, None] * dt_c,
+            mask=here[None, :] & (r[:, None] < R), other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        if SPLIT:
+            high, low = split_weight(dv)
+            dweight = tl.dot(dt, low, dweight, input_precision="tf32")
+            dweight = tl.dot(dt, high, dweight, input_precision="tf32")
+        else:
+            dweight = tl.dot(dt, dv, dweight, input_precision="ieee")
+        block += chunks
+    at = ((chunk * K + k) * channels + c[None, :]).to(tl.int64) * R + r[:, None]
+    tl.store(parts_ptr + at, dweight, mask=(r[:, None] < R) & real[None, :])
