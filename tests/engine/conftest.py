@@ -30,7 +30,7 @@ def tiny(tmp_path):
     config.write_text(
         f"_base_ = {str(find_config('classification/vmamba-nano_digits'))!r}\n"
         "model = dict(backbone=dict(model_name='test_resnet'))\n"
-        "train_cfg = dict(max_epochs=2)\n"
+        "train_cfg = dict(max_epochs=2, val_interval=1)\n"
         "train_dataloader = dict(batch_size=16, num_batch_per_epoch=4)\n"
         "val_dataloader = dict(num_batch_per_epoch=1)\n"
         "test_dataloader = dict(num_batch_per_epoch=1)\n"

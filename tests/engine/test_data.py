@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from visionssm.engine import ConfigError, Digits, ImageFolder
+from visionssm.engine import Digits, ImageFolder
 from visionssm.engine.data import IGNORED, collate
 from visionssm.engine.launch import main_train
+from visionssm.errors import UserError
 
 FOLDER = "classification/vmamba-nano_imagefolder"
 
@@ -28,7 +29,7 @@ def test_digits_sample():
     assert sample["image"].dtype == torch.uint8
     assert sample["image"].max() > 200
     assert Digits("test", input_size=(24, 40))[0]["image"].shape == (3, 24, 40)
-    with pytest.raises(ConfigError, match="split: got 'val'"):
+    with pytest.raises(UserError, match="split: got 'val'"):
         Digits("val")
 
 
@@ -50,16 +51,16 @@ def test_a_class_missing_in_test_keeps_its_index(photographs):
 
 
 def test_folder_errors(photographs, tmp_path):
-    with pytest.raises(ConfigError, match=r"photographs: holds test, train, val; expected the split 'validation' in it"):
+    with pytest.raises(UserError, match=r"photographs: holds test, train, val; expected the split 'validation' in it"):
         ImageFolder(str(photographs), "validation")
     (tmp_path / "empty/train/cat").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"no images in .*empty/train/<class>/; files looked for: .*\.jpg"):
+    with pytest.raises(UserError, match=r"no images in .*empty/train/<class>/; files looked for: .*\.jpg"):
         ImageFolder(str(tmp_path / "empty"), "train")
     (photographs / "val/dark/deep").mkdir()
-    with pytest.raises(ConfigError, match=r"val/dark holds folders \(deep\); images must lie directly in it"):
+    with pytest.raises(UserError, match=r"val/dark holds folders \(deep\); images must lie directly in it"):
         ImageFolder(str(photographs), "val")
     (photographs / "test/grey").mkdir()
-    with pytest.raises(ConfigError, match=r"holds classes that .*train lacks: grey"):
+    with pytest.raises(UserError, match=r"holds classes that .*train lacks: grey"):
         ImageFolder(str(photographs), "test")
 
 
@@ -86,7 +87,7 @@ def test_unreadable_images(photographs):
 def test_no_readable_image_left(photographs):
     for name in ("bright", "dark"):
         break_images(photographs / "train" / name, 6)
-    with pytest.raises(ConfigError, match=r"none of the 12 images in .*train can be read"):
+    with pytest.raises(UserError, match=r"none of the 12 images in .*train can be read"):
         ImageFolder(str(photographs), "train", input_size=32)[3]
 
 

@@ -84,7 +84,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tiny):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while newest_checkpoint(work) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -121,7 +121,7 @@ def test_checkpoint_of_another_model(tiny, capsys):
     main_train([str(config), "--work-dir", str(work), "--cfg-options", "train_cfg.max_epochs=1"])
     checkpoint = str(work / "epoch_1.pth")
     other = ["--work-dir", str(work / "other"), "--cfg-options", "model.backbone.model_name=test_vit", "model.backbone.img_size=32"]
-    assert main_test([str(config), checkpoint, *other]) == 2
+    assert main_test([str(config), checkpoint, *other]) == 1
     err = capsys.readouterr().err
     assert len(err.strip().splitlines()) == 1
     assert "is not of this model" in err
@@ -130,9 +130,28 @@ def test_checkpoint_of_another_model(tiny, capsys):
     assert "more" in err
 
 
+class Intruder:
+    def __reduce__(self):
+        return os.mkdir, ("intruder",)
+
+
+@pytest.mark.parametrize("content", ["text", "code"])
+def test_a_file_that_is_no_checkpoint(content, tiny, capsys, tmp_path, monkeypatch):
+    config, work = tiny
+    monkeypatch.chdir(tmp_path)
+    if content == "text":
+        Path("other.pth").write_text("no checkpoint")
+    else:
+        torch.save({"state_dict": Intruder()}, "other.pth")
+    assert main_test([str(config), "other.pth", "--work-dir", str(work)]) == 1
+    captured = capsys.readouterr()
+    check_one_line(captured.err, "checkpoint: other.pth cannot be read: ")
+    assert not Path("intruder").exists()
+
+
 def test_missing_checkpoint(tiny, capsys):
     config, work = tiny
-    assert main_test([str(config), "nowhere.pth", "--work-dir", str(work)]) == 2
+    assert main_test([str(config), "nowhere.pth", "--work-dir", str(work)]) == 1
     assert "checkpoint: no such file: nowhere.pth" in capsys.readouterr().err
 
 
@@ -157,7 +176,7 @@ def test_missing_checkpoint(tiny, capsys):
 )
 def test_wrong_option_is_one_line(option, message, tiny, capsys):
     config, work = tiny
-    assert main_train([str(config), "--work-dir", str(work), "--cfg-options", option]) == 2
+    assert main_train([str(config), "--work-dir", str(work), "--cfg-options", option]) == 1
     check_one_line(capsys.readouterr().err, message)
 
 
@@ -170,7 +189,7 @@ def test_wrong_option_is_one_line(option, message, tiny, capsys):
     ],
 )
 def test_missing_files_are_one_line(arguments, message, capsys):
-    assert main_train(arguments) == 2
+    assert main_train(arguments) == 1
     check_one_line(capsys.readouterr().err, message)
 
 
@@ -182,12 +201,12 @@ def check_one_line(err, message):
 def test_unknown_key_in_a_config_file(tmp_path, capsys):
     config = tmp_path / "slip.py"
     config.write_text(f"_base_ = {str(find_config(DIGITS))!r}\noptim_wraper = dict()\n")
-    assert main_train([str(config)]) == 2
+    assert main_train([str(config)]) == 1
     assert "unknown key 'optim_wraper'; did you mean optim_wrapper?" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_amp_needs_a_gpu(tiny, capsys):
     config, work = tiny
-    assert main_train([str(config), "--work-dir", str(work), "--amp"]) == 2
+    assert main_train([str(config), "--work-dir", str(work), "--amp"]) == 1
     assert "--amp: needs a GPU" in capsys.readouterr().err

@@ -12,12 +12,13 @@ import torch
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
 from visionssm import registry
-from visionssm.engine import ConfigError, ImageClassifier, OptimWrapperConstructor, RandomnessHook, TopK
+from visionssm.engine import ImageClassifier, OptimWrapperConstructor, RandomnessHook, TopK
 from visionssm.engine.config import find_config, load_config, recipes
 from visionssm.engine.data import IGNORED
+from visionssm.errors import UserError
 
 DIGITS = "classification/vmamba-nano_digits"
-NANOS = ("vmamba_nano", "vim_nano", "local_vim_nano")
+NANOS = ("vmamba_nano", "vim_nano", "local_vim_nano", "local_vmamba_nano")
 
 
 def evaluate(scores, labels, topk=(1, 2)):
@@ -33,7 +34,7 @@ def test_topk():
 
 def test_topk_leaves_out_ignored_images():
     assert evaluate([[0.7, 0.3], [0.6, 0.4]], [0, IGNORED], topk=(1,)) == {"accuracy/top1": 100.0}
-    with pytest.raises(ConfigError, match="none of the 1 images"):
+    with pytest.raises(UserError, match="none of the 1 images"):
         evaluate([[0.7, 0.3]], [IGNORED])
 
 
@@ -54,7 +55,7 @@ def test_weight_decay_groups():
     assert "backbone.head.bias" in names
     assert "backbone.head.weight" not in names
     assert len(groups[0.0]) + len(groups[0.05]) == len(list(model.parameters()))
-    with pytest.raises(ConfigError, match="paramwise_cfg: norm_decay_mult"):
+    with pytest.raises(UserError, match="paramwise_cfg: norm_decay_mult"):
         OptimWrapperConstructor({}, {"norm_decay_mult": 0})
 
 

@@ -3,7 +3,6 @@
 from .classifier import ImageClassifier, ImagePreprocessor
 from .contact_sheet import ContactSheetHook
 from .data import Digits, ImageFolder
-from .errors import ConfigError
 from .hooks import ClassCountHook, ExportHook, RandomnessHook, UnreadableImagesHook
 from .metrics import TopK
 from .optim import OptimWrapperConstructor
@@ -12,7 +11,6 @@ from .runner import Runner
 
 __all__ = [
     "ClassCountHook",
-    "ConfigError",
     "ContactSheetHook",
     "Digits",
     "ExportHook",

@@ -13,9 +13,8 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from timm.models import is_model, list_models, model_entrypoint
 from torch import Tensor, nn
 
+from visionssm.errors import UserError, did_you_mean
 from visionssm.registry import MODELS
-
-from .errors import ConfigError, did_you_mean
 
 
 @MODELS.register_module()
@@ -48,7 +47,7 @@ class ImageClassifier(BaseModel):
         data_preprocessor: by default an ImagePreprocessor with the mean and std of the backbone's `pretrained_cfg`.
 
     Raises:
-        ConfigError: a model name or an argument that timm does not know, with the nearest that it does.
+        UserError: a model name or an argument that timm does not know, with the nearest that it does.
     """
 
     def __init__(
@@ -110,11 +109,11 @@ def create_backbone(model_name: str, **kwargs: Any) -> nn.Module:
         **kwargs: arguments of `timm.create_model` and of the model's class.
 
     Raises:
-        ConfigError: an unknown model name or argument.
+        UserError: an unknown model name or argument.
     """
     is_registry_name = ":" not in model_name
     if is_registry_name and not is_model(model_name):
-        raise ConfigError(f"model_name: unknown model {model_name!r}{did_you_mean(model_name.split('.')[0], list_models())}")
+        raise UserError(f"model_name: unknown model {model_name!r}{did_you_mean(model_name.split('.')[0], list_models())}")
     try:
         return timm.create_model(model_name, **kwargs)
     except TypeError as error:
@@ -123,7 +122,7 @@ def create_backbone(model_name: str, **kwargs: Any) -> nn.Module:
             raise
         class_name, argument = unknown.groups()
         near = did_you_mean(argument, _arguments(class_name, model_entrypoint(model_name).__module__))
-        raise ConfigError(f"model.backbone.{argument}: {model_name} has no such argument{near}") from error
+        raise UserError(f"model.backbone.{argument}: {model_name} has no such argument{near}") from error
 
 
 def _arguments(class_name: str | None, module: str) -> list[str]:

@@ -11,8 +11,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from visionssm import configs
-
-from .errors import ConfigError, did_you_mean
+from visionssm.errors import UserError, did_you_mean
 
 CONFIG_FOLDER = Path(configs.__file__).parent
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -27,7 +26,7 @@ def find_config(name: str) -> Path:
     """The file that a path names, or a name relative to the configs that the package ships, with or without `.py`.
 
     Raises:
-        ConfigError: no such file; names the nearest ones.
+        UserError: no such file; names the nearest ones.
     """
     for path in (Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.py"):
         if path.is_file():
@@ -38,7 +37,7 @@ def find_config(name: str) -> Path:
     near = did_you_mean(Path(name).stem, known)
     for stem, path in known.items():
         near = near.replace(stem, str(path))
-    raise ConfigError(f"config file not found: {name}{near}")
+    raise UserError(f"config file not found: {name}{near}")
 
 
 def recipes() -> list[Path]:
@@ -54,7 +53,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
         overrides: dotted key to new value.
 
     Raises:
-        ConfigError: a file, key or argument that does not exist; names the nearest ones.
+        UserError: a file, key or argument that does not exist; names the nearest ones.
     """
     cfg = Config.fromfile(find_config(name))
     for key in overrides or {}:
@@ -63,7 +62,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
     for key in cfg:
         # a config may name helper variables of its own, so only what looks like a slip is refused
         if key not in _RUNNER_KEYS and (near := did_you_mean(key, _RUNNER_KEYS, cutoff=0.85)):
-            raise ConfigError(f"{cfg.filename}: unknown key {key!r}{near}")
+            raise UserError(f"{cfg.filename}: unknown key {key!r}{near}")
     for dataset in _datasets(cfg):
         for key in SHARED:
             if key in cfg and key in _parameters(_resolve(dataset["type"])[0]):
@@ -94,12 +93,12 @@ def _check_key(cfg: Config, key: str) -> None:
         known = list(map(str, range(len(node)))) if isinstance(node, list) else list(node)
         if part not in known:
             where = ".".join(parents[:depth]) or "the config"
-            raise ConfigError(f"--cfg-options {key}: {where} has no {part!r}{did_you_mean(part, known)}")
+            raise UserError(f"--cfg-options {key}: {where} has no {part!r}{did_you_mean(part, known)}")
         node = node[int(part)] if isinstance(node, list) else node[part]
         if not isinstance(node, (Mapping, list)):
-            raise ConfigError(f"--cfg-options {key}: {'.'.join(parents[: depth + 1])} is {node!r} and has no keys")
+            raise UserError(f"--cfg-options {key}: {'.'.join(parents[: depth + 1])} is {node!r} and has no keys")
     if not parents and last not in cfg and last not in _RUNNER_KEYS:
-        raise ConfigError(f"--cfg-options {key}: the config has no {last!r}{did_you_mean(last, {*cfg, *_RUNNER_KEYS})}")
+        raise UserError(f"--cfg-options {key}: the config has no {last!r}{did_you_mean(last, {*cfg, *_RUNNER_KEYS})}")
 
 
 def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
@@ -128,7 +127,7 @@ def _check_arguments(path: str, node: Mapping) -> None:
         return
     for key in node:
         if key not in allowed and key not in ("type", "_scope_"):
-            raise ConfigError(f"{path}.{key}: {what} has no such argument{did_you_mean(key, allowed)}")
+            raise UserError(f"{path}.{key}: {what} has no such argument{did_you_mean(key, allowed)}")
 
 
 def _resolve(name: str) -> list[Callable]:

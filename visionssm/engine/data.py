@@ -19,9 +19,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from visionssm.errors import UserError, did_you_mean
 from visionssm.registry import DATASETS, FUNCTIONS
-
-from .errors import ConfigError, did_you_mean
 
 IGNORED = -1  # the label of an image that could not be read: no metric counts it
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
@@ -39,7 +38,7 @@ class _ImageDataset(Dataset):
         self.data_config = {"input_size": (3, *size), **(transform or {})}
         for key in transform or {}:
             if key not in (known := signature(create_transform).parameters):
-                raise ConfigError(f"transform.{key}: timm's create_transform has no such argument{did_you_mean(key, known)}")
+                raise UserError(f"transform.{key}: timm's create_transform has no such argument{did_you_mean(key, known)}")
         self.transform = create_transform(is_training=split == "train", normalize=False, **self.data_config)
 
 
@@ -53,7 +52,7 @@ class Digits(_ImageDataset):
         transform: further arguments of `timm.data.create_transform`.
 
     Raises:
-        ConfigError: an unknown split.
+        UserError: an unknown split.
     """
 
     def __init__(self, split: str, input_size: int | Sequence[int] = 32, transform: Mapping[str, Any] | None = None) -> None:
@@ -61,7 +60,7 @@ class Digits(_ImageDataset):
         from sklearn.model_selection import train_test_split
 
         if split not in ("train", "test"):
-            raise ConfigError(f"split: got {split!r}, expected 'train' or 'test'")
+            raise UserError(f"split: got {split!r}, expected 'train' or 'test'")
         super().__init__([str(digit) for digit in range(10)], split, input_size, transform)
         images, labels = load_digits(return_X_y=True)
         train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
@@ -91,7 +90,7 @@ class ImageFolder(_ImageDataset):
         transform: further arguments of `timm.data.create_transform`.
 
     Raises:
-        ConfigError: no data root, a missing or empty folder, a class that the training split does not know.
+        UserError: no data root, a missing or empty folder, a class that the training split does not know.
     """
 
     def __init__(
@@ -102,21 +101,21 @@ class ImageFolder(_ImageDataset):
         transform: Mapping[str, Any] | None = None,
     ) -> None:
         if data_root is None:
-            raise ConfigError("data_root: none given; add --cfg-options data_root=FOLDER")
+            raise UserError("data_root: none given; add --cfg-options data_root=FOLDER")
         root = Path(data_root).expanduser()
         folder = root / split
         if not folder.is_dir():
             what = f"holds {', '.join(_subfolders(root)) or 'no folders'}" if root.is_dir() else "no such folder"
-            raise ConfigError(f"data_root: {root}: {what}; expected the split {split!r} in it, as {split}/<class>/<image>")
+            raise UserError(f"data_root: {root}: {what}; expected the split {split!r} in it, as {split}/<class>/<image>")
         # the training split defines the class indices: another split may lack a class
         train = root / "train"
         classes = _subfolders(train if train.is_dir() else folder)
         unknown = sorted(set(_subfolders(folder)) - set(classes))
         if unknown:
-            raise ConfigError(f"data_root: {folder} holds classes that {train} lacks: {', '.join(unknown[:5])}")
+            raise UserError(f"data_root: {folder} holds classes that {train} lacks: {', '.join(unknown[:5])}")
         for name in _subfolders(folder):
             if nested := _subfolders(folder / name):
-                raise ConfigError(f"data_root: {folder / name} holds folders ({nested[0]}); images must lie directly in it")
+                raise UserError(f"data_root: {folder / name} holds folders ({nested[0]}); images must lie directly in it")
         super().__init__(classes, split, input_size, transform)
         self.folder = folder
         class_map = {name: index for index, name in enumerate(classes)}
@@ -124,7 +123,7 @@ class ImageFolder(_ImageDataset):
             self.reader = create_dataset("", root=str(folder), search_split=False, class_map=class_map).reader
         except RuntimeError as error:  # timm found no file with the name of an image
             kinds = ", ".join(get_img_extensions())
-            raise ConfigError(f"data_root: no images in {folder}/<class>/; files looked for: {kinds}") from error
+            raise UserError(f"data_root: no images in {folder}/<class>/; files looked for: {kinds}") from error
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -144,7 +143,7 @@ class ImageFolder(_ImageDataset):
                     "label": IGNORED,
                     "unreadable": tuple(unreadable),
                 }
-        raise ConfigError(f"data_root: none of the {len(self)} images in {self.folder} can be read")
+        raise UserError(f"data_root: none of the {len(self)} images in {self.folder} can be read")
 
     def read(self, index: int) -> tuple[Image.Image | None, int]:
         """The decoded RGB image, or None where it cannot be decoded, and its label."""

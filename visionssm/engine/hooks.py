@@ -13,9 +13,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from timm.models import save_for_hf
 
+from visionssm.errors import UserError
 from visionssm.registry import HOOKS
-
-from .errors import ConfigError
 
 
 @HOOKS.register_module()
@@ -94,12 +93,12 @@ class ClassCountHook(Hook):
         """Compare the two counts.
 
         Raises:
-            ConfigError: they differ.
+            UserError: they differ.
         """
         model = _unwrapped(runner.model)
         found = len(dataset.metainfo["classes"])
         if found != model.num_classes:
-            raise ConfigError(f"model.backbone.num_classes: got {model.num_classes}, the {dataset.split} data has {found} classes")
+            raise UserError(f"model.backbone.num_classes: got {model.num_classes}, the {dataset.split} data has {found} classes")
 
 
 @HOOKS.register_module()

@@ -12,9 +12,10 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
 from rich.console import Console
 
+from visionssm.errors import UserError
+
 from .config import fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
-from .errors import ConfigError
 from .hooks import ExportHook, UnreadableImagesHook
 from .progress import ProgressHook
 from .runner import Runner
@@ -45,7 +46,7 @@ def train(args: Namespace) -> None:
     """What `main_train` does, with parsed arguments.
 
     Raises:
-        ConfigError: wrong input.
+        UserError: wrong input.
         KeyboardInterrupt: Ctrl-C, after saying how to resume.
     """
     cfg = _prepare(args)
@@ -68,7 +69,7 @@ def test(args: Namespace) -> None:
     """What `main_test` does, with parsed arguments.
 
     Raises:
-        ConfigError: wrong input.
+        UserError: wrong input.
     """
     cfg = _prepare(args)
     cfg.load_from = args.checkpoint
@@ -117,9 +118,9 @@ def _run(command: Callable[[Namespace], None], parser: ArgumentParser, argv: Seq
     """Parse, run, and turn what the user can correct into one line."""
     try:
         command(parser.parse_args(argv))
-    except ConfigError as error:
+    except UserError as error:
         sys.stderr.write(f"{parser.prog}: error: {error}\n")
-        return 2
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
@@ -141,7 +142,7 @@ def _run_name(cfg: Config, overrides: dict) -> str:
 
 def _use_amp(cfg: Config) -> None:
     if not torch.cuda.is_available():
-        raise ConfigError("--amp: needs a GPU, and torch sees none")
+        raise UserError("--amp: needs a GPU, and torch sees none")
     cfg.optim_wrapper.type = "AmpOptimWrapper"
     cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
 
@@ -163,7 +164,8 @@ def _say_how_to_resume(runner: Runner) -> None:
         if isinstance(hook, ProgressHook):
             hook.close()
     checkpoint = newest_checkpoint(runner.work_dir)
-    command = shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+    python = ["python"] if sys.argv[0].endswith(".py") else []
+    command = shlex.join([*python, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
     state = f"last checkpoint {_short(checkpoint)}; go on with: {command}" if checkpoint else "no checkpoint had been written yet"
     _console.print(f"interrupted in epoch {runner.epoch + 1} of {runner.max_epochs}: {state}")
 

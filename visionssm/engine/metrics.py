@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from mmengine.evaluator import BaseMetric
 
+from visionssm.errors import UserError
 from visionssm.registry import METRICS
 
 from .data import IGNORED
-from .errors import ConfigError
 
 
 @METRICS.register_module()
@@ -39,9 +39,9 @@ class TopK(BaseMetric):
         """Percentages over the images that could be read.
 
         Raises:
-            ConfigError: none could be read.
+            UserError: none could be read.
         """
         ranks = torch.tensor([rank for rank in results if rank is not None])
         if len(ranks) == 0:
-            raise ConfigError(f"data_root: none of the {len(results)} images to evaluate can be read")
+            raise UserError(f"data_root: none of the {len(results)} images to evaluate can be read")
         return {f"top{k}": 100 * (ranks < k).double().mean().item() for k in self.topk}

@@ -8,9 +8,8 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from visionssm.errors import UserError
 from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS
-
-from .errors import ConfigError
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -22,12 +21,12 @@ class OptimWrapperConstructor:
         paramwise_cfg: must be empty; mmengine hands it over.
 
     Raises:
-        ConfigError: a `paramwise_cfg` that is not empty.
+        UserError: a `paramwise_cfg` that is not empty.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
         if paramwise_cfg:
-            raise ConfigError(
+            raise UserError(
                 f"optim_wrapper.paramwise_cfg: {', '.join(paramwise_cfg)}: the groups come from the model's no_weight_decay()"
             )
         self.optim_wrapper_cfg = optim_wrapper_cfg

@@ -2,17 +2,17 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner as MMEngineRunner
 
-from .errors import ConfigError
-
-_KEYS_SHOWN = 5
+from visionssm.errors import UserError, shortened
 
 
 class Runner(MMEngineRunner):
@@ -40,22 +40,35 @@ class Runner(MMEngineRunner):
             partial.unlink(missing_ok=True)
 
     def load_checkpoint(self, filename: str, map_location: str | Callable = "cpu", strict: bool = True, **kwargs: Any) -> dict:
-        """Load a checkpoint that fits the model key by key.
+        """Load a checkpoint that fits the model key by key; code in a pickle is never run.
 
         Raises:
-            ConfigError: no such file, or a checkpoint of another model.
+            UserError: no such file, a file that is no checkpoint, or a checkpoint of another model.
         """
         if not Path(filename).is_file():
-            raise ConfigError(f"checkpoint: no such file: {filename}")
+            raise UserError(f"checkpoint: no such file: {filename}")
         try:
-            return super().load_checkpoint(filename, map_location, strict, **kwargs)
-        except RuntimeError as error:
-            # mmengine's message: a headline, then all names of a kind in one line, all shapes that differ in one line each
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()][1:]
-            reasons = _shortened([_shortened(line.split(", "), ", ") for line in lines], "; ")
-            raise ConfigError(f"checkpoint: {filename} is not of this model: {reasons}") from error
+            with _weights_only():
+                return super().load_checkpoint(filename, map_location, strict, **kwargs)
+        except (RuntimeError, UnpicklingError, EOFError) as error:
+            headline, *lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            if "do not match" not in headline:
+                raise UserError(f"checkpoint: {filename} cannot be read: {headline}") from error
+            # all names of a kind are in one line, all shapes that differ in one line each
+            reasons = shortened([shortened(line.split(", ")) for line in lines], separator="; ")
+            raise UserError(f"checkpoint: {filename} is not of this model: {reasons}") from error
 
 
-def _shortened(parts: list[str], separator: str) -> str:
-    rest = len(parts) - _KEYS_SHOWN
-    return separator.join([*parts[:_KEYS_SHOWN], *([f"and {rest} more"] if rest > 0 else [])])
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Mmengine falls back to unpickling anything; torch's own switch keeps it from that."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

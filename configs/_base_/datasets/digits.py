@@ -1,7 +1,7 @@
 input_size = 32
 collate_fn = dict(type="visionssm.collate")
 # no flips: a mirrored digit is another one, or none
-augmentation = dict(scale=(0.7, 1.0), ratio=(0.8, 1.25), hflip=0.0, color_jitter=None, interpolation="bicubic")
+augmentation = dict(scale=(0.85, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None, interpolation="bicubic")
 train_dataloader = dict(
     batch_size=32,
     num_workers=0,

@@ -6,7 +6,7 @@ test_cfg = dict()
 optim_wrapper = dict(
     type="OptimWrapper",
     constructor="visionssm.OptimWrapperConstructor",
-    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=1.5e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
