@@ -184,12 +184,12 @@ def test_info(capsys):
 
 
 def test_info_shows_the_paths_of_each_layer(capsys):
-    _, out, _ = run(capsys, "info", "local_vim_nano")
+    _, out, _ = run(capsys, "info", "local_vim_small")
     first = next(i for i, line in enumerate(out) if line.startswith("scan paths"))
-    assert out[first].endswith("h, h_flip, v, v_flip (layer 0)")
-    assert out[first + 1].strip() == "h, h_flip, w2, w2_flip (layer 1)"
-    _, out, _ = run(capsys, "info", "vim_nano")
-    assert any(line.endswith("h, h_flip (all 7 layers)") for line in out)
+    assert out[first].endswith("  h, v_flip, w7, w7_flip (layer 0)")
+    assert out[first + 3].strip() == "h, h_flip, v, v_flip (layers 3 to 5)"
+    _, out, _ = run(capsys, "info", "vim_tiny_patch16_224")
+    assert any(line.endswith("  h, h_flip (all 24 layers)") for line in out)
 
 
 def test_info_refuses(capsys):
@@ -294,6 +294,15 @@ def test_picture(saved, photo, tmp_path, capsys):
         assert picture.size == (900, 440)
 
 
+def test_picture_of_many_images(saved, photo, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from visionssm.commands import picture
+
+    monkeypatch.setattr(picture, "MAX_IMAGES", 2)
+    _, lines, _ = run(capsys, "classify", saved[0], photo, photo, photo, "--out", tmp_path / "picture.png")
+    assert lines[-1] == f"{tmp_path / 'picture.png'} (the first 2 images)"
+
+
 def test_names_that_the_terminal_cannot_show(saved, tmp_path, capsys):
     path = save_image(tmp_path / "photo.png").rename(tmp_path / "photo\udcff.png")
     status, out, err = run(capsys, "classify", saved[0], path)
@@ -377,12 +386,18 @@ def test_classify_refuses_files(tmp_path, photo, capsys):
     assert "not a checkpoint" in refusal(capsys, "classify", path, photo)
     torch.save([1, 2], path)
     assert "holds a list" in refusal(capsys, "classify", path, photo)
-    for content in ({"weight": torch.ones(2)}, {"state_dict": {}, "meta": {"cfg": "x = ("}}, {"state_dict": {}, "meta": None}):
+    meta = {"cfg": "model = dict(backbone=dict(model_name='vim_nano'))"}
+    for content in (
+        {"weight": torch.ones(2)},
+        {"state_dict": {}, "meta": {"cfg": "x = ("}},
+        {"state_dict": {}, "meta": None},
+        {"state_dict": torch.ones(2), "meta": meta},
+    ):
         torch.save(content, path)
         assert "does not say which model" in refusal(capsys, "classify", path, photo)
     torch.save({"state_dict": {}, "meta": {"cfg": "model = dict(backbone=dict(model_name='vim_nan'))"}}, path)
     assert "unknown model 'vim_nan'; did you mean vim_nano" in refusal(capsys, "classify", path, photo)
-    torch.save({"state_dict": {}, "meta": {"cfg": "model = dict(backbone=dict(model_name='vim_nano'))"}}, path)
+    torch.save({"state_dict": {}, "meta": meta}, path)
     assert "cannot be loaded as vim_nano: missing" in refusal(capsys, "classify", path, photo)
 
 

@@ -166,15 +166,15 @@ def _load_run(path: Path) -> nn.Module:
         config = read_config(meta["cfg"], "model", "val_dataloader", "train_dataloader")
         arguments = dict(config["model"]["backbone"])
         architecture = arguments.pop("model_name")
-    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        dataset = (config.get("val_dataloader") or config.get("train_dataloader") or {}).get("dataset", {})
+        overlay = _preprocessing(config["model"], dataset)
+        classes = meta.get("dataset_meta", {}).get("classes")
+        weights = {name.removeprefix("backbone."): value for name, value in state_dict.items() if name.startswith("backbone.")}
+    except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
         raise UserError(
             f"{path}: does not say which model it is of; expected a checkpoint that training wrote, with state_dict and meta"
         ) from error
     _check_architecture(path, architecture)
-    weights = {name.removeprefix("backbone."): value for name, value in state_dict.items() if name.startswith("backbone.")}
-    dataset = (config.get("val_dataloader") or config.get("train_dataloader") or {}).get("dataset", {})
-    overlay = _preprocessing(config["model"], dataset)
-    classes = meta.get("dataset_meta", {}).get("classes")
     if classes:
         overlay["label_names"] = list(classes)
     for source in ("pretrained", "checkpoint_path"):  # of the weights that the run started from

@@ -46,21 +46,25 @@ class Picture:
             raise UserError(f"--out: {path} is one of the images and would be overwritten")
         self.path = path
         self.predictions: list[Prediction] = []
+        self.left_out = 0
 
     def add(self, prediction: Prediction) -> None:
         """Keep a prediction, with its image made small."""
-        if len(self.predictions) < MAX_IMAGES:
-            prediction.image.thumbnail(_THUMBNAIL)
-            self.predictions.append(prediction)
+        if len(self.predictions) == MAX_IMAGES:
+            self.left_out += 1
+            return
+        prediction.image.thumbnail(_THUMBNAIL)
+        self.predictions.append(prediction)
 
-    def save(self) -> Path:
-        """Draw and write.
+    def save(self) -> str:
+        """Draw and write. Returns the path, with a remark where images were left out.
 
         Raises:
             UserError: the file cannot be written.
         """
         rows = len(self.predictions)
-        self.figure.set_size_inches(9, 2.2 * rows)
+        classes = len(self.predictions[0].classes)
+        self.figure.set_size_inches(9, rows * max(2.2, 0.3 * classes))
         grid = self.figure.subplots(rows, 2, squeeze=False, width_ratios=(1, 1.6))
         for (left, right), prediction in zip(grid, self.predictions, strict=True):
             left.imshow(prediction.image, cmap="gray", vmin=0, vmax=255)
@@ -73,7 +77,7 @@ class Picture:
                 self.figure.savefig(self.path, dpi=100)
             except OSError as error:
                 raise UserError(f"--out: {self.path}: {first_line(error)}") from error
-        return self.path
+        return f"{self.path} (the first {rows} images)" if self.left_out else str(self.path)
 
     @staticmethod
     def _draw_bars(axes: "Axes", prediction: Prediction) -> None:
