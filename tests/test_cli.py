@@ -212,7 +212,7 @@ def expected_classes(model, path, names, top=5):
 def test_classify_a_folder_by_save_for_hf(saved, photo, capsys):
     folder, model = saved
     second = save_image(photo.with_name("second.jpg"), size=(90, 120), seed=1)
-    status, out, err = run(capsys, "classify", folder, photo, second)
+    status, out, err = run(capsys, "classify", folder, photo, second, "--device", "cpu")
     assert (status, err) == (0, [])
     assert out[0] == f"vmamba_nano from {folder}: 4 classes, 32 x 32 pixels, on cpu"
     assert out[2:7] == [str(photo), *expected_classes(model, photo, CLASSES)]

@@ -24,7 +24,7 @@ def test_work_directory_and_checkpoint_say_the_same(trained, tmp_path, capsys):
     checkpoint = trained / "epoch_1.pth"
 
     def classify(model):
-        assert main(["classify", str(model), str(image), "--top", "10"]) == 0
+        assert main(["classify", str(model), str(image), "--top", "10", "--device", "cpu"]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         header, *lines = out.splitlines()
