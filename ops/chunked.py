@@ -18,8 +18,9 @@ import itertools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,23 +61,15 @@ def forward(
     last_state = y.new_empty((x.shape[0], *A.shape) if return_last_state else (0,))
     for samples, i in itertools.product(call.sample_groups, range(len(paths))):
         path = call.path(samples, i)
-        layout = path.layout
         y_map = (y if merge else y[:, i])[samples].flatten(1, 2)
-        for states in call.state_groups:
-            work = call.workspace(path, states, "forward")
-            if states.start == 0:
-                path.write_delta(work.delta)
-            work.write_decays(path.A[states], path.lowest)
-            if states.start == 0:
-                torch.mul(work.delta, path.x, out=work.dx)
-            torch.mul(work.dx.unsqueeze(2), path.B[..., states, None], out=work.u)
-            work.scan()
-            if work.single and layout.table is None:
-                y_map.addcmul_(work.dx, path.C)  # dx is u here
-            else:
-                y_map += layout.put_back(_weighted_sum(path.C[..., states], work.u))
+        for states, work in call.workspaces(path, "forward"):
+            work.scan(path, states)
             if return_last_state:
                 last_state[samples, i, :, states] = work.last_state.mT
+            if work.u.shape[2] == 1 and path.layout.table is None:
+                y_map.addcmul_(work.u.squeeze(2), path.C[..., states])
+            else:
+                y_map += path.layout.put_back(_sum_states(work.u, path.C[..., states]))
     return y.to(x.dtype), last_state, y.new_empty(0)
 
 
@@ -95,62 +88,44 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """See library.py; recomputes the states."""
     call = _Call(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
-    k, _, n = A.shape
     dy = dy.to(call.x.dtype)
-    dx, dD = _skip_backward(call.x, call.D, dy, k, merge)
-    rank = x_dbl.shape[-1] - 2 * n
-    dx_dbl = call.x.new_empty(x_dbl.shape)
-    dA = torch.zeros_like(call.A)
-    dweight = None if call.weight is None else torch.zeros_like(call.weight)
-    dbias = None if call.bias is None else torch.zeros_like(call.bias)
-    for samples, i in itertools.product(call.sample_groups, range(k)):
+    dx, dD = _skip_backward(call.x, call.D, dy, len(paths), merge)
+    dx_dbl, dA = call.x.new_empty(x_dbl.shape), torch.zeros_like(call.A)
+    dweight, dbias = (None if t is None else torch.zeros_like(t) for t in (call.weight, call.bias))
+    rank, n = x_dbl.shape[-1] - 2 * A.shape[2], A.shape[2]
+    for samples, i in itertools.product(call.sample_groups, range(len(paths))):
         path = call.path(samples, i)
-        layout = path.layout
-        dy_steps = layout.read((dy if merge else dy[:, i])[samples].flatten(1, 2))
-        put = dx_dbl[samples, :, :, i].flatten(1, 2)
-        dB, dC = put[..., rank : rank + n], put[..., rank + n :]
-        gB = ddelta = None
-        for states in call.state_groups:
-            work = call.workspace(path, states, "backward")
-            if states.start == 0:
-                path.write_delta(work.delta, work.slope)
-                torch.mul(work.delta, path.x, out=work.dx)
-            A_rows = path.A[states]
-            work.write_decays(A_rows, path.lowest)
-            torch.mul(work.dx.unsqueeze(2), path.B[..., states, None], out=work.u)
-            work.scan()
-            dC[..., states] = layout.put_back(_dot(work.u, dy_steps, work.g))
-            torch.mul(dy_steps.unsqueeze(2), path.C[..., states, None], out=work.g)
+        dy_steps = path.layout.read((dy if merge else dy[:, i])[samples].flatten(1, 2))
+        ddt, dB, dC = dx_dbl[samples, :, :, i].flatten(1, 2).split([rank, n, n], dim=-1)
+        totals = None
+        for group, work in call.workspaces(path, "backward"):
+            work.scan(path, group)
+            dC[..., group] = path.layout.put_back(_dot(work.u, dy_steps, work.spare))
+            torch.mul(dy_steps.unsqueeze(2), path.C[..., group, None], out=work.g)
             work.scan_back()
-            dB[..., states] = layout.put_back(_dot(work.g, work.dx, work.spare))
-            work.shift_states()  # a becomes a[t] h[t-1]
-            work.a.mul_(work.g)
-            torch.mul(work.a, work.delta.unsqueeze(2), out=work.u)
-            dA[i, states] += work.u.flatten(0, 1).sum(0)
-            part = _weighted_sum_(path.B[..., states], work.g)
-            gB = part if gB is None else gB.add_(part)
-            part = _sum_states(work.a.mul_(A_rows))
-            ddelta = part if ddelta is None else ddelta.add_(part)
-        dx_map = dx[samples, i if dx.shape[1] > 1 else 0].flatten(1, 2)
-        if layout.table is None:
-            dx_map.addcmul_(gB, work.delta)
-        else:
-            dx_map += layout.put_back(gB * work.delta)
-        dz = ddelta.addcmul_(gB, path.x)
+            dB[..., group] = path.layout.put_back(_dot(work.g, work.dx, work.spare))
+            *parts, dA_part = work.gradients(path, group)
+            dA[i, group] += dA_part
+            if totals is None:
+                totals = parts if group.stop == n else [part.clone() for part in parts]
+            else:
+                totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)]
+        ddx, ddelta = totals
+        dz = ddelta.addcmul_(ddx, path.x)
         if dt_softplus:
             dz.mul_(work.slope)
-        layout.clear_tail(dz)
+        path.layout.clear_tail(dz)
+        path.layout.add(dx[samples, i if dx.shape[1] > 1 else 0].flatten(1, 2), ddx, work.delta)
         rows = dz.flatten(0, 1)
         if dbias is not None:
             dbias[i] += rows.sum(0)
         if dweight is not None:
             dweight[i].addmm_(rows.mT, path.dt.flatten(0, 1))
-            dz = (rows @ call.weight[i, :, :rank]).view(*dz.shape[:2], rank)
-        put[..., :rank] = layout.put_back(dz)
+            dz = (rows @ call.weight[i, :, :rank]).unflatten(0, dz.shape[:2])
+        ddt.copy_(path.layout.put_back(dz))
     if call.ones:
         dweight, dbias = dweight[..., :rank], dweight[..., rank]
-    grads = (dx, dx_dbl, dA.mT, dD, dweight, dbias)
-    inputs = (x, x_dbl, A, D, dt_weight, dt_bias)
+    grads, inputs = (dx, dx_dbl, dA.mT, dD, dweight, dbias), (x, x_dbl, A, D, dt_weight, dt_bias)
     return tuple(x.new_empty(0) if t is None else g.to(t.dtype).contiguous() for g, t in zip(grads, inputs, strict=True))
 
 
@@ -186,6 +161,13 @@ class _Layout:
     def put_back(self, steps: Tensor) -> Tensor:
         """(batch, P * Q, M) -> (batch, H * W, M), the inverse of `read`."""
         return steps if self.table is None else steps.index_select(1, torch.from_numpy(self.inverse.copy()).to(steps.device))
+
+    def add(self, target: Tensor, m: Tensor, weights: Tensor) -> None:
+        """Add m * weights to target (batch, H * W, C); m (batch, P * Q, C) may be overwritten."""
+        if self.table is None:
+            target.addcmul_(m, weights)
+        else:
+            target += self.put_back(m.mul_(weights))
 
     def clear_tail(self, steps: Tensor) -> None:
         """Zero what is not of the path."""
@@ -246,6 +228,7 @@ class _Call:
         x, x_dbl, A, self.D, self.weight, self.bias = _compute_dtype(x, x_dbl, A, D, dt_weight, dt_bias)
         batch, _, height, width, channels = x.shape
         k, _, n = A.shape
+        x = x if x.stride(-1) == 1 else x.contiguous()
         self.x, self.softplus = x, dt_softplus
         self.layouts = [_layout(name, height, width) for name in paths]
         self.A = A.mT.contiguous()  # (K, N, C)
@@ -255,7 +238,7 @@ class _Call:
             dt, self.weight, self.bias = F.pad(dt, (0, 1), value=1.0), torch.cat([self.weight, self.bias.unsqueeze(2)], dim=2), None
         self.maps = [x.flatten(2, 3).unbind(1) if x.shape[1] > 1 else x.flatten(2, 3).unbind(1) * k]
         self.maps += [m.flatten(1, 2).unbind(2) for m in (dt, B, C)]  # of each path: (batch, H * W, .)
-        self.max_A, self.max_z = self._bounds(dt)
+        self.max_A, self.max_z = self._bounds(x_dbl[..., : x_dbl.shape[-1] - 2 * n])
 
         longest = max(layout.p * layout.q for layout in self.layouts) * channels
         self.sample_groups = _groups(batch, _GROUP // (longest * n))
@@ -267,10 +250,12 @@ class _Call:
         """Upper bounds of |A| and of |dt_weight dt + dt_bias|, from the small factors; infinite where reading them would stall."""
         if dt.device.type != "cpu":
             return math.inf, math.inf
+        max_A = self.A.abs().amax().item()
         if self.weight is None:
-            return self.A.abs().amax().item(), math.inf
-        each = dt.abs().amax((0, 1, 2)).unsqueeze(2)  # (K, R, 1)
-        return self.A.abs().amax().item(), torch.bmm(self.weight.abs(), each).amax().item()
+            return max_A, math.inf
+        rows = self.weight.abs()
+        bias = rows[..., -1] if self.ones else 0.0
+        return max_A, (rows.sum(2).sub_(bias).mul_(_largest(dt)) + bias).amax().item()
 
     def path(self, samples: slice, i: int) -> _Path:
         """Path `i` of a group of samples."""
@@ -279,48 +264,56 @@ class _Call:
         x, dt, B, C = (layout.read(m[i] if whole else m[i][samples]) for m in self.maps)
         if self.ones and layout.table is not None:
             dt[..., -1] = 1.0  # a padded step has a bias, too
-        return _Path(self, i, layout, x, dt, B, C, self.A[i])
+        return _Path(layout, x, dt, B, C, self.A[i], *_of(i, self.weight, self.bias))
 
-    def workspace(self, path: _Path, states: slice, use: str) -> _Workspace:
-        return self.shelf.workspace(path.layout, path.x.shape[0], states.stop - states.start, path.x.shape[2], use, self.A.shape[1])
+    def workspaces(self, path: _Path, use: str) -> Iterator[tuple[slice, _Workspace]]:
+        """For each group of states, a workspace that holds delta, the decays and delta x of the path."""
+        batch, _, channels = path.x.shape
+        for states in self.state_groups:
+            work = self.shelf.workspace(path.layout, batch, states.stop - states.start, channels, use, len(self.state_groups) > 1)
+            if states.start == 0:
+                lowest = -self.max_A * (1.0 + self._write_delta(path, work.delta, work.slope))
+            work.write_decays(path.A[states], lowest)
+            if states.start == 0:
+                torch.mul(work.delta, path.x, out=work.dx)
+            yield states, work
 
+    def _write_delta(self, path: _Path, z: Tensor, slope: Tensor | None) -> float:
+        """Write the steps (batch, P * Q, C), zero after the end of the path, and into `slope` the derivative of softplus there.
 
-@dataclass
-class _Path:
-    """One path of a group of samples, in the order of its layout: x (batch, P * Q, C), dt (., R), B and C (., N); A (N, C)."""
-
-    call: _Call
-    i: int
-    layout: _Layout
-    x: Tensor
-    dt: Tensor
-    B: Tensor
-    C: Tensor
-    A: Tensor
-    lowest: float = -math.inf
-    """A lower bound of A delta."""
-
-    def write_delta(self, z: Tensor, slope: Tensor | None = None) -> None:
-        """Write the steps (batch, P * Q, C), zero after the end of the path, and into `slope` the derivative of softplus there."""
-        call, i = self.call, self.i
-        if call.weight is not None:
-            torch.mm(self.dt.flatten(0, 1), call.weight[i].mT, out=z.flatten(0, 1))
-        elif call.bias is not None:
-            torch.add(self.dt, call.bias[i], out=z)
+        Returns an upper bound of what softplus got.
+        """
+        if path.weight is not None:
+            torch.mm(path.dt.flatten(0, 1), path.weight.mT, out=z.flatten(0, 1))
+        elif path.bias is not None:
+            torch.add(path.dt, path.bias, out=z)
         else:
-            z.copy_(self.dt)
-        largest = call.max_z
+            z.copy_(path.dt)
+        largest = self.max_z
         if largest > _PLAIN_SOFTPLUS and z.device.type == "cpu":
-            largest = max(abs(m.item()) for m in z.aminmax())
-        if call.softplus:
+            largest = _largest(z)
+        if self.softplus:
             if slope is not None:
                 torch.sigmoid(z, out=slope)
             if largest <= _PLAIN_SOFTPLUS:
                 z.exp_().log1p_()
             else:
                 z.copy_(F.softplus(z))
-        self.lowest = -(largest + 1.0) * call.max_A
-        self.layout.clear_tail(z)
+        path.layout.clear_tail(z)
+        return largest
+
+
+class _Path(NamedTuple):
+    """One path of a group of samples, in the order of its layout: x (batch, P * Q, C), dt (., R), B and C (., N); A (N, C)."""
+
+    layout: _Layout
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+    A: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 def _groups(total: int, most: int) -> list[slice]:
@@ -330,51 +323,37 @@ def _groups(total: int, most: int) -> list[slice]:
 
 
 def _skip(x: Tensor, D: Tensor | None, k: int, merge: bool) -> Tensor:
-    """D x, the start of the output: (batch, H, W, C) merged, else (batch, K, H, W, C).
-
-    Contiguous whatever the strides of x, since the scans are added to flattened views of it.
-    """
+    """D x, the start of the output: (batch, H, W, C) merged, else (batch, K, H, W, C)."""
     batch, shared, height, width, channels = x.shape
-    y = x.new_empty((batch, height, width, channels) if merge else (batch, k, height, width, channels))
     if D is None:
-        return y.zero_()
+        return x.new_zeros((batch, height, width, channels) if merge else (batch, k, height, width, channels))
     if not merge:
-        return torch.mul(x, D[:, None, None], out=y)
-    torch.mul(x[:, 0], D.sum(0) if shared == 1 else D[0], out=y)
-    for i in range(1, shared):
-        y.addcmul_(x[:, i], D[i])
-    return y
+        y = x * D[:, None, None]
+    elif shared == 1:
+        y = x[:, 0] * D.sum(0)
+    else:
+        y = x[:, 0] * D[0]
+        for i in range(1, k):
+            y.addcmul_(x[:, i], D[i])
+    return y.contiguous()
 
 
 def _skip_backward(x: Tensor, D: Tensor | None, dy: Tensor, k: int, merge: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x (to add to, so contiguous as well) and D through D x."""
-    dx = x.new_empty(x.shape)
+    """The gradients of x (to add to) and D through D x."""
     if D is None:
-        return dx.zero_(), None
+        return x.new_zeros(x.shape), None
     if merge and x.shape[1] == 1:
-        dD = (dy * x[:, 0]).sum((0, 1, 2)).expand(k, -1)
-        return torch.mul(dy.unsqueeze(1), D.sum(0), out=dx), dD
-    dy = dy.unsqueeze(1) if merge else dy
-    if x.shape[1] > 1:
-        torch.mul(dy, D[:, None, None], out=dx)
+        dx, dD = (dy * D.sum(0)).unsqueeze(1), (dy * x[:, 0]).sum((0, 1, 2)).expand(k, -1)
     else:
-        torch.sum(dy * D[:, None, None], 1, keepdim=True, out=dx)
-    return dx, (dy * x).sum((0, 2, 3))
+        dy = dy.unsqueeze(1) if merge else dy
+        dx, dD = dy * D[:, None, None], (dy * x).sum((0, 2, 3))
+        dx = dx if x.shape[1] > 1 else dx.sum(1, keepdim=True)
+    return dx.contiguous(), dD
 
 
-def _weighted_sum(weights: Tensor, m: Tensor) -> Tensor:
-    """(batch, L, N), (batch, L, N, C) -> (batch, L, C)."""
-    return m.squeeze(2) * weights if m.shape[2] == 1 else torch.matmul(weights.unsqueeze(2), m).squeeze(2)
-
-
-def _weighted_sum_(weights: Tensor, m: Tensor) -> Tensor:
-    """As `_weighted_sum`, may overwrite m."""
+def _sum_states(m: Tensor, weights: Tensor) -> Tensor:
+    """(batch, L, N, C), (batch or 1, L or 1, N) -> (batch, L, C); may overwrite m."""
     return m.squeeze(2).mul_(weights) if m.shape[2] == 1 else torch.matmul(weights.unsqueeze(2), m).squeeze(2)
-
-
-def _sum_states(m: Tensor) -> Tensor:
-    """(batch, L, N, C) -> (batch, L, C)."""
-    return m.squeeze(2) if m.shape[2] == 1 else torch.matmul(m.new_ones(1, m.shape[2]), m).squeeze(2)
 
 
 def _dot(m: Tensor, other: Tensor, spare: Tensor) -> Tensor:
@@ -382,6 +361,16 @@ def _dot(m: Tensor, other: Tensor, spare: Tensor) -> Tensor:
     if m.shape[2] == 1:
         return torch.mul(m, other.unsqueeze(2), out=spare).sum(-1)
     return torch.matmul(m, other.unsqueeze(3)).squeeze(3)
+
+
+def _largest(m: Tensor) -> float:
+    """The largest magnitude in m."""
+    low, high = m.aminmax()
+    return max(-low.item(), high.item())
+
+
+def _of(i: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t[i] for t in tensors]
 
 
 def _compute_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -438,13 +427,12 @@ class _Workspace:
     and `u` are one: each is dead when the next is written.
     """
 
-    def __init__(self, shelf: _Shelf, layout: _Layout, batch: int, states: int, channels: int, use: str, n: int) -> None:
-        self.layout, self.single = layout, n == 1
+    def __init__(self, shelf: _Shelf, layout: _Layout, batch: int, states: int, channels: int, use: str, more: bool) -> None:
         steps = (batch, layout.p * layout.q, channels)
         full = (*steps[:2], states, channels)
-        self.delta = _take(shelf.buffer("delta"), steps)
+        self.delta, self.slope = _take(shelf.buffer("delta"), steps), None
         self.a = _take(shelf.buffer("a"), full)
-        if use == "forward" and self.single:
+        if use == "forward" and states == 1 and not more:
             self.dx, self.u = self.delta, self.delta.unsqueeze(2)
         else:
             self.dx, self.u = _take(shelf.buffer("dx"), steps), _take(shelf.buffer("u"), full)
@@ -460,8 +448,9 @@ class _Workspace:
             self.levels.append((chunked, sums, delta.unsqueeze(3), decays[-1]))
         self.forward_steps = _scan(decays, u, layout.factors, layout.flip)
         if use == "backward":
-            self.slope, self.g = _take(shelf.buffer("slope"), steps), _take(shelf.buffer("g"), full)
-            self.spare = _take(shelf.buffer("spare"), full)
+            self.slope = _take(shelf.buffer("slope"), steps)
+            self.g, self.spare = _take(shelf.buffer("g"), full), _take(shelf.buffer("spare"), full)
+            self.ones = a.new_ones(1, 1, states)
             self.backward_steps = _scan_back(decays, self.g.unflatten(1, (layout.p, layout.q)), layout.factors, layout.flip)
             self.shifts = [(a[here], u[there]) for here, there in _shifts(layout.flip)]
             self.first = a[:, -1, -1] if layout.flip else a[:, 0, 0]
@@ -476,21 +465,26 @@ class _Workspace:
             torch.sum(chunked, 2, out=sums)
             torch.mul(delta, A, out=decay).clamp_(min=_LOWEST_EXPONENT).exp_()
 
-    def scan(self) -> None:
-        """Turn u from what enters at each step into the states."""
+    def scan(self, path: _Path, states: slice) -> None:
+        """Write the states h into u."""
+        torch.mul(self.dx.unsqueeze(2), path.B[..., states, None], out=self.u)
         for step in self.forward_steps:
             step()
 
     def scan_back(self) -> None:
-        """Turn g from dL/dy C into dL/dh."""
+        """Turn g from C dy into dL/dh."""
         for step in self.backward_steps:
             step()
 
-    def shift_states(self) -> None:
-        """Turn a into a[t] h[t-1]."""
-        for a, before in self.shifts:
+    def gradients(self, path: _Path, states: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """After `scan_back`: the gradients of delta x and, through A delta, of delta, (batch, P * Q, C); that of A (N, C)."""
+        for a, before in self.shifts:  # a becomes the gradient of A delta: g[t] a[t] h[t-1]
             a.mul_(before)
         self.first.zero_()
+        self.a.mul_(self.g)
+        dA = torch.mul(self.a, self.delta.unsqueeze(2), out=self.spare).flatten(0, 1).sum(0)
+        gB = _sum_states(self.g, path.B[..., states])
+        return gB, _sum_states(self.a.mul_(path.A[states]), self.ones), dA
 
 
 _Steps = list[Callable[[], Tensor]]
