@@ -195,7 +195,7 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Embeddings and the scans' decay rates, and, stacked over the directions here, biases and skips."""
+        """Embeddings, the scans' decay rates, and biases and skips, 2-D only because two directions are stacked."""
         stacked = ("A_logs", "Ds", "dt_projs_bias", "conv1d_bias")
         return {"cls_token", "pos_embed"} | {n for n, _ in self.named_parameters() if n.endswith(stacked)}
 
@@ -461,8 +461,8 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vision
 
 @register_model
 def vim_nano(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
-    """About a million parameters for images from 32 px: patches of 4 pixels."""
-    args = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 7}
+    """About a million parameters for images from 32 px: patches of 4 pixels, N = 4."""
+    args = {"img_size": 32, "patch_size": 4, "embed_dim": 160, "depth": 5, "d_state": 4}
     return _create_vim("vim_nano", pretrained, **{**args, **kwargs})
 
 
