@@ -198,6 +198,28 @@ def check_one_line(err, message):
     assert re.search(message, err)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("_base_ = 'nowhere.py'", "slip.py: .*nowhere.py"),
+        ("model = dict(", "slip.py: SyntaxError: "),
+        ("model = 1 / 0", "slip.py: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_config_file_that_does_not_load(text, message, tmp_path, capsys):
+    config = tmp_path / "slip.py"
+    config.write_text(text)
+    assert main_train([str(config)]) == 1
+    check_one_line(capsys.readouterr().err, message)
+
+
+def test_work_dir_that_is_a_file(tiny, capsys, tmp_path):
+    config, _ = tiny
+    (tmp_path / "file").touch()
+    assert main_train([str(config), "--work-dir", str(tmp_path / "file")]) == 1
+    check_one_line(capsys.readouterr().err, "--work-dir: .*file")
+
+
 def test_unknown_key_in_a_config_file(tmp_path, capsys):
     config = tmp_path / "slip.py"
     config.write_text(f"_base_ = {str(find_config(DIGITS))!r}\noptim_wraper = dict()\n")

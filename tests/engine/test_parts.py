@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CO
 
 from visionssm import registry
 from visionssm.engine import ImageClassifier, OptimWrapperConstructor, RandomnessHook, TopK
-from visionssm.engine.config import find_config, load_config, recipes
+from visionssm.engine.config import CONFIG_FOLDER, find_config, load_config, recipes
 from visionssm.engine.data import IGNORED
 from visionssm.errors import UserError
 
@@ -127,6 +127,13 @@ def test_importing_the_package_leaves_mmengine_alone():
 def test_config_names():
     assert find_config(DIGITS) == find_config(f"{DIGITS}.py")
     assert find_config(DIGITS) in recipes()
+
+
+def test_every_config_folder_is_a_package():
+    """A wheel ships packages: without its `__init__.py` a folder of recipes stays behind."""
+    folders = {path.parent for path in CONFIG_FOLDER.rglob("*.py")}
+    assert len(folders) >= 4
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
 @pytest.mark.parametrize("path", recipes(), ids=lambda path: path.stem)

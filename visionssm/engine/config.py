@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 from visionssm import configs
-from visionssm.errors import UserError, did_you_mean
+from visionssm.errors import UserError, did_you_mean, first_line
 
 CONFIG_FOLDER = Path(configs.__file__).parent
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
@@ -55,7 +55,11 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
     Raises:
         UserError: a file, key or argument that does not exist; names the nearest ones.
     """
-    cfg = Config.fromfile(find_config(name))
+    path = find_config(name)
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # a config is code: anything can be wrong in it
+        raise UserError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
     for key in overrides or {}:
         _check_key(cfg, key)
     cfg.merge_from_dict(dict(overrides or {}))

@@ -1,5 +1,6 @@
 """From a command line to a result: what `tools/train.py`, `tools/test.py` and the package's own commands share."""
 
+import os
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -130,7 +131,17 @@ def _prepare(args: Namespace) -> Config:
     cfg = load_config(args.config, args.cfg_options)
     fill_num_classes(cfg)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / _run_name(cfg, args.cfg_options))
+    _check_writable(Path(cfg.work_dir))
     return cfg
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--work-dir: {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--work-dir: cannot write to {folder}")
 
 
 def _run_name(cfg: Config, overrides: dict) -> str:
