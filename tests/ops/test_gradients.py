@@ -7,7 +7,6 @@ from torch.autograd import grad, gradcheck
 from visionssm.ops import (
     BIDIRECTIONAL,
     CROSS,
-    LOCAL,
     ScanPaths,
     cross_merge,
     cross_scan,
@@ -16,12 +15,10 @@ from visionssm.ops import (
     selective_scan,
 )
 from visionssm.ops.testing import (
-    assert_within_budget,
     cross_selective_scan_inputs,
     outputs_and_gradients,
     pack,
     selective_scan_inputs,
-    to_float64,
 )
 
 
@@ -76,7 +73,7 @@ def test_last_state(backend):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per path"])
 @pytest.mark.parametrize("rank", [None, 2], ids=["full dt", "low rank"])
 def test_image_order(rank, shared, merge, backend):
-    paths = ("v", "w2_flip", "v")
+    paths = ("v", "w2_flip")
     inputs = cross_selective_scan_inputs(1, (3, 2), 2, 2, paths, rank, shared=shared)
     check(cross_selective_scan, inputs, paths=paths, merge=merge, backend=backend)
     check(cross_selective_scan_packed, pack(inputs), paths=paths, merge=merge, backend=backend)
@@ -96,7 +93,9 @@ def test_scan_order(rank, backend):
     check(cross_selective_scan, inputs, paths=BIDIRECTIONAL, order="scan", backend=backend)
 
 
-@pytest.mark.parametrize(("paths", "state"), [(LOCAL, 1), (("w3", "w1_flip", "v"), 16)], ids=["local N=1", "w3 N=16"])
+@pytest.mark.parametrize(
+    ("paths", "state"), [(("v", "w2_flip", "w7"), 1), (("w3_flip", "h_flip", "v_flip"), 16)], ids=["N=1", "N=16"]
+)
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (5, 7), (13, 6)], ids=lambda size: "x".join(map(str, size)))
 def test_odd_maps(size, paths, state):
     """Along random directions on the reference, and the chunked numbers the same."""
@@ -104,18 +103,6 @@ def test_odd_maps(size, paths, state):
     check(cross_selective_scan, inputs, paths=paths, backend="reference")
     expected = outputs_and_gradients(cross_selective_scan, inputs, paths=paths, backend="reference")
     torch.testing.assert_close(outputs_and_gradients(cross_selective_scan, inputs, paths=paths, backend="chunked"), expected)
-
-
-@pytest.mark.parametrize("state", [1, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_low_precision(dtype, state):
-    """Every result of chunked within the error budget that the reference in the same dtype sets."""
-    options = {"paths": (*CROSS, "w7_flip")}
-    low = cross_selective_scan_inputs(2, (9, 12), 8, state, **options, dtype=dtype)
-    exact = outputs_and_gradients(cross_selective_scan, to_float64(low), **options, backend="reference")
-    reference = outputs_and_gradients(cross_selective_scan, low, **options, backend="reference")
-    for name, actual in outputs_and_gradients(cross_selective_scan, low, **options, backend="chunked").items():
-        assert_within_budget(actual, reference[name], exact[name], name)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 30.0, 1e4], ids=str)
