@@ -7,13 +7,14 @@ import triton.language as tl
 from .common import (
     LOG2E,
     expand_step,
+    fetch,
     path_code,
     path_length,
     scan_gradients,
     scan_states_decayed,
     softplus,
     split_weight,
-    tile_positions,
+    tile_places,
     to_rows,
 )
 
@@ -21,21 +22,21 @@ from .common import (
 @triton.jit
 def scan_backward_kernel(
     dy_ptr, x_ptr, dt_ptr, b_ptr, c_ptr, z_ptr, A_ptr, D_ptr, weight_ptr, bias_ptr, states_ptr,
-    dx_ptr, ddt_ptr, db_ptr, dc_ptr, dz_ptr, dA_ptr, dD_ptr, dweight_ptr, dbias_ptr, carry_ptr, total_ptr,
+    dx_ptr, ddt_ptr, db_ptr, dc_ptr, dz_ptr, dA_ptr, dD_ptr, dbias_ptr, carry_ptr, total_ptr,
     height, width, channels, tiles, tiles_per_split, splits,
     dy_b, dy_k, dy_p, dy_c, x_b, x_k, x_p, x_c, dt_b, dt_k, dt_p, dt_c, b_b, b_k, b_p, b_n, c_b, c_k, c_p, c_n,
-    z_b, z_k, z_p, z_c, dx_b, dx_k, dx_p, dx_c, sums_part, ddt_block, ddt_b, ddt_k, ddt_p, ddt_c, db_block, db_b, db_k, db_p, db_n,
+    z_b, z_k, z_p, z_c, dx_b, dx_k, dx_p, dx_c, sums_part, ddt_b, ddt_k, ddt_p, ddt_c, db_block, db_b, db_k, db_p, db_n,
     PATHS: tl.constexpr, WINDOWS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
     RANK: tl.constexpr, PACKED: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT_DOT: tl.constexpr,
     SUMMARY: tl.constexpr, WIDE: tl.constexpr,
-    FUSED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """One program walks one path of one image backwards, for BC channels, from its last tile to its first.
 
-    With g = dL/dh: g[t] = C[t] dy[t] + a[t+1] g[t+1]. Sums over channels (dt, B, C) are written per channel block, sums over
-    positions (A, D, weight, bias) per image and split; the launcher adds them up in a fixed order. FUSED: also the gradients of a
-    low-rank dt and its weight; else `ddt` receives those of the full step before softplus, for `projection.py` to finish.
+    With g = dL/dh: g[t] = C[t] dy[t] + a[t+1] g[t+1]. `ddt` receives the gradient of the full step before softplus (of a low-rank step
+    projection.py finishes it). Sums over channels (dB, dC) are written per channel block, sums over positions (dA, dD, dbias) per image
+    and split; the launcher adds them up in a fixed order. With SUMMARY nothing but what each split hands to the one before it.
     """
     K: tl.constexpr = len(PATHS)
     blocks = (channels + BC - 1) // BC
@@ -49,7 +50,7 @@ def scan_backward_kernel(
     kind, flip = path_code(PATHS, k)
     length = path_length(kind, height, width)
 
-    c = tl.max_contiguous(tl.multiple_of(block * BC + tl.arange(0, BC), BC), VEC)
+    c = tl.max_contiguous(tl.multiple_of(block * BC + tl.arange(0, BC), VEC), BC)  # VEC adjacent channels a lane
     real = c < channels
     i = tl.arange(0, BT)
     row = i[:, None]
@@ -57,7 +58,7 @@ def scan_backward_kernel(
     dy_ptr += batch * dy_b + k * dy_k + c[None, :].to(tl.int64) * dy_c
     dx_ptr += batch * dx_b + k * dx_k + c[None, :].to(tl.int64) * dx_c
     dt_ptr += batch * dt_b + k * dt_k
-    ddt_ptr += block.to(tl.int64) * ddt_block + batch * ddt_b + k * ddt_k
+    ddt_ptr += batch * ddt_b + k * ddt_k
     db_ptr += block.to(tl.int64) * db_block + batch * db_b + k * db_k
     dc_ptr += block.to(tl.int64) * db_block + batch * db_b + k * db_k
     if PACKED:
@@ -93,42 +94,42 @@ def scan_backward_kernel(
     bias = tl.zeros([BC], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + kc, mask=real, other=0.0).to(tl.float32)
+    r = tl.arange(0, BR)
     if R > 0:
-        r = tl.arange(0, BR)
         weight_ptr += kc[None, :] * R + r[:, None]
         weight_mask = (r[:, None] < R) & real[None, :]
-    if FUSED:  # the weight and its gradient stay in registers; else the weight is read again for every tile, from the L1 cache
-        weight = tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32)
-        high, low = split_weight(weight)
-        dweight = tl.zeros([BR, BC], tl.float32)
+        if BR <= 16:  # else it would fill the registers: read again for every tile, from the L1 cache
+            high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
     dD = tl.zeros([BC], tl.float32)
     dbias = tl.zeros([BC], tl.float32)
     total = tl.zeros([BC], tl.float32)
 
+    # Two tiles ahead positions are computed, one tile ahead its operands are read.
+    p, _, inside = tile_places(tile, tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
+    x, dt, B1, C1 = fetch(p, inside, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N, R)
+    dy = tl.load(dy_ptr + p[:, None] * dy_p, mask=(inside != 0)[:, None] & real[None, :], other=0.0)
+    p1, _, inside1 = tile_places(tl.maximum(tile - 1, 0), tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
     while tile >= first:
-        p, exists, inside = tile_positions(tile, i, kind, flip, length, height, width, WINDOWS, BT)
-        if WIDE:
-            p = p.to(tl.int64)
-        p_rows = to_rows(p)
-        in_rows = to_rows(inside.to(tl.int32)) != 0
-        here = in_rows[:, None] & real[None, :]
-        dy = tl.load(dy_ptr + p_rows[:, None] * dy_p, mask=here, other=0.0).to(tl.float32)
+        x1, dt1, B11, C11 = fetch(p1, inside1, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N, R)
+        dy1 = tl.load(dy_ptr + p1[:, None] * dy_p, mask=(inside1 != 0)[:, None] & real[None, :], other=0.0)
+        p2, _, inside2 = tile_places(tl.maximum(tile - 2, 0), tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
+        on_map = inside != 0
+        here = on_map[:, None] & real[None, :]
+        x = x.to(tl.float32)
+        dy = dy.to(tl.float32)
+        dt = dt.to(tl.float32)
         if R > 0:
-            dt = tl.load(dt_ptr + p[:, None] * dt_p + r[None, :] * dt_c, mask=inside[:, None] & (r[None, :] < R), other=0.0).to(
-                tl.float32
-            )
-            if not FUSED:
+            if BR > 16:
                 high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
             v = expand_step(dt, high, low, bias, SPLIT_DOT)
         else:
-            v = tl.load(dt_ptr + p_rows[:, None] * dt_p + c[None, :] * dt_c, mask=here, other=0.0).to(tl.float32)
-            v += bias[None, :]
+            v = dt + bias[None, :]
         if SOFTPLUS:
             delta, u = softplus(v)
         else:
             delta = v
         if HAS_Z:
-            z = tl.load(z_ptr + batch * z_b + k * z_k + p_rows[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(
+            z = tl.load(z_ptr + batch * z_b + k * z_k + p[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(
                 tl.float32
             )
             gate = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
@@ -137,7 +138,6 @@ def scan_backward_kernel(
         if SUMMARY:
             total += tl.sum(delta, 0)
         else:
-            x = tl.load(x_ptr + p_rows[:, None] * x_p, mask=here, other=0.0).to(tl.float32)
             xd = delta * x
             y = D[None, :] * x
             gB = tl.zeros([BT, BC], tl.float32)
@@ -147,14 +147,19 @@ def scan_backward_kernel(
             if N > 1:
                 A = tl.load(A_ptr + n * channels, mask=real, other=0.0).to(tl.float32)
                 carry = tl.load(carry_ptr + n * channels, mask=real, other=0.0)
+                C = to_rows(tl.load(c_ptr + p * c_p + n * c_n, mask=on_map, other=0.0).to(tl.float32))
+            else:
+                C = C1.to(tl.float32)
             a = tl.exp2(delta * (A * LOG2E)[None, :])
-            C = to_rows(tl.load(c_ptr + p * c_p + n * c_n, mask=inside, other=0.0).to(tl.float32))
             g, carry = scan_gradients(a, dy * C[:, None], carry, row, BT)
             if N > 1:
                 tl.store(carry_ptr + n * channels, carry, mask=real)
             if not SUMMARY:
                 h0 = tl.load(states_ptr + n * channels, mask=real, other=0.0)
-                B = to_rows(tl.load(b_ptr + p * b_p + n * b_n, mask=inside, other=0.0).to(tl.float32))
+                if N > 1:
+                    B = to_rows(tl.load(b_ptr + p * b_p + n * b_n, mask=on_map, other=0.0).to(tl.float32))
+                else:
+                    B = B1.to(tl.float32)
                 h, decayed = scan_states_decayed(a, xd * B[:, None], h0[None, :], row == 0)
                 decayed = g * decayed
                 ddelta += decayed * A[None, :]
@@ -164,36 +169,29 @@ def scan_backward_kernel(
                 dA += tl.sum(decayed * delta, 0)
                 if N > 1:
                     tl.store(dA_ptr + n * channels, dA, mask=real)
-                tl.store(db_ptr + p * db_p + n * db_n, tl.sum(g * xd, 1), mask=inside)
-                tl.store(dc_ptr + p * db_p + n * db_n, tl.sum(dy * h, 1), mask=inside)
+                tl.store(db_ptr + p * db_p + n * db_n, tl.sum(g * xd, 1), mask=on_map)
+                tl.store(dc_ptr + p * db_p + n * db_n, tl.sum(dy * h, 1), mask=on_map)
                 if HAS_Z:
                     y += h * C[:, None]
             n += 1
         if not SUMMARY:
             dx = gB * delta + D[None, :] * dy
-            tl.store(dx_ptr + p_rows[:, None] * dx_p, dx, mask=here)
+            tl.store(dx_ptr + p[:, None] * dx_p, dx, mask=here)
             dD += tl.sum(dy * x, 0)
             dv = ddelta + gB * x
             if SOFTPLUS:
                 dv = dv * tl.where(v > 0.0, 1.0, u) / (1.0 + u)
             if HAS_BIAS:
-                dbias += tl.sum(tl.where(exists[:, None], dv, 0.0), 0)
+                dbias += tl.sum(dv, 0)
             if HAS_Z:
                 dz = dout * y * gate * (1.0 + z * (1.0 - gate))
-                tl.store(dz_ptr + batch * dx_b + k * dx_k + p_rows[:, None] * dx_p + c[None, :].to(tl.int64) * dx_c, dz, mask=here)
-            if FUSED:
-                ddt = tl.dot(dv, tl.trans(weight), input_precision="tf32" if SPLIT_DOT else "ieee")
-                tl.store(ddt_ptr + p[:, None] * ddt_p + r[None, :] * ddt_c, ddt, mask=inside[:, None] & (r[None, :] < R))
-                if SPLIT_DOT:
-                    dv_high, dv_low = split_weight(dv)
-                    dweight = tl.dot(tl.trans(dt), dv_low, dweight, input_precision="tf32")
-                    dweight = tl.dot(tl.trans(dt), dv_high, dweight, input_precision="tf32")
-                else:
-                    dweight = tl.dot(tl.trans(dt), dv, dweight, input_precision="ieee")
-            else:
-                tl.store(ddt_ptr + p_rows[:, None] * ddt_p + c[None, :] * ddt_c, dv, mask=here)
+                tl.store(dz_ptr + batch * dx_b + k * dx_k + p[:, None] * dx_p + c[None, :].to(tl.int64) * dx_c, dz, mask=here)
+            tl.store(ddt_ptr + p[:, None] * ddt_p + c[None, :] * ddt_c, dv, mask=here)
         states_ptr -= N * channels
         tile -= 1
+        p, inside, p1, inside1, x, dy, dt = p1, inside1, p2, inside2, x1, dy1, dt1
+        if N == 1:
+            B1, C1 = B11, C11
 
     if N == 1:
         if SUMMARY:
@@ -207,5 +205,3 @@ def scan_backward_kernel(
             tl.store(dD_ptr + part + kc, dD, mask=real)
         if HAS_BIAS:
             tl.store(dbias_ptr + part + kc, dbias, mask=real)
-        if FUSED:
-            tl.store(dweight_ptr + part + kc[None, :] * R + r[:, None], dweight, mask=(r[:, None] < R) & real[None, :])

@@ -51,9 +51,38 @@ def tile_positions(tile, i, kind, flip, length, height, width, WINDOWS: tl.const
 
 
 @triton.jit
+def tile_places(tile, end, i, kind, flip, length, height, width, WINDOWS: tl.constexpr, WIDE: tl.constexpr, BT: tl.constexpr):
+    """`tile_positions` in a form to carry through a loop: a tile at or after `end` has no steps, masks are 0 and 1."""
+    p, exists, inside = tile_positions(tile, i, kind, flip, length, height, width, WINDOWS, BT)
+    if WIDE:
+        p = p.to(tl.int64)
+    return p, (exists & (tile < end)).to(tl.int32), (inside & (tile < end)).to(tl.int32)
+
+
+@triton.jit
+def fetch(
+    p, inside, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N: tl.constexpr, R: tl.constexpr
+):
+    """Start reading a tile: x, dt, and B and C if N = 1, unconverted, so that the reads go on while another tile is computed."""
+    inside = inside != 0
+    here = inside[:, None] & real[None, :]
+    x = tl.load(x_ptr + p[:, None] * x_p, mask=here, other=0.0)
+    if R > 0:
+        dt = tl.load(dt_ptr + p[:, None] * dt_p + r[None, :] * dt_c, mask=inside[:, None] & (r[None, :] < R), other=0.0)
+    else:
+        dt = tl.load(dt_ptr + p[:, None] * dt_p + c[None, :] * dt_c, mask=here, other=0.0)
+    if N == 1:
+        B = tl.load(b_ptr + p * b_p, mask=inside, other=0.0)
+        C = tl.load(c_ptr + p * c_p, mask=inside, other=0.0)
+    else:
+        B, C = p, p
+    return x, dt, B, C
+
+
+@triton.jit
 def softplus(v):
     """log(1 + exp(v)) and u = exp(-|v|): a polynomial for log1p(u) / u on [0, 1], relative error 3e-8, no logarithm."""
-    u = tl.exp2(-tl.abs(v) * LOG2E)
+    u = tl.exp2(tl.abs(v) * -LOG2E)
     p = u * 0.00536481384 - 0.0300657507
     p = p * u + 0.0792044699
     p = p * u - 0.137537971

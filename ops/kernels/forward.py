@@ -7,13 +7,14 @@ import triton.language as tl
 from .common import (
     LOG2E,
     expand_step,
+    fetch,
     path_code,
     path_length,
     pick_row,
     scan_states,
     softplus,
     split_weight,
-    tile_positions,
+    tile_places,
     to_rows,
 )
 
@@ -47,7 +48,7 @@ def scan_forward_kernel(
     kind, flip = path_code(PATHS, k)
     length = path_length(kind, height, width)
 
-    c = tl.max_contiguous(tl.multiple_of(block * BC + tl.arange(0, BC), BC), VEC)
+    c = tl.max_contiguous(tl.multiple_of(block * BC + tl.arange(0, BC), VEC), BC)  # VEC adjacent channels a lane
     real = c < channels
     i = tl.arange(0, BT)
     row = i[:, None]
@@ -87,37 +88,34 @@ def scan_forward_kernel(
     bias = tl.zeros([BC], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + kc, mask=real, other=0.0).to(tl.float32)
+    r = tl.arange(0, BR)
     if R > 0:
-        r = tl.arange(0, BR)
         weight_ptr += kc[None, :] * R + r[:, None]
         weight_mask = (r[:, None] < R) & real[None, :]
         if BR <= 16:  # else it would fill the registers: read again for every tile, from the L1 cache
             high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
     total = tl.zeros([BC], tl.float32)
 
+    # Two tiles ahead positions are computed, one tile ahead its operands are read.
+    p, exists, inside = tile_places(tile, end, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
+    x, dt, B1, C1 = fetch(p, inside, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N, R)
+    p1, exists1, inside1 = tile_places(tile + 1, end, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
     while tile < end:  # not `for`: there Triton moves the weight's conversion to the tensor cores' layout into the loop
-        p, exists, inside = tile_positions(tile, i, kind, flip, length, height, width, WINDOWS, BT)
-        if WIDE:
-            p = p.to(tl.int64)
-        p_rows = to_rows(p)
-        in_rows = to_rows(inside.to(tl.int32)) != 0
-        here = in_rows[:, None] & real[None, :]
-        x = tl.load(x_ptr + p_rows[:, None] * x_p, mask=here, other=0.0).to(tl.float32)
+        x1, dt1, B11, C11 = fetch(p1, inside1, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N, R)
+        p2, exists2, inside2 = tile_places(tile + 2, end, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
+        here = (inside != 0)[:, None] & real[None, :]
+        x = x.to(tl.float32)
         if R > 0:
-            dt = tl.load(dt_ptr + p[:, None] * dt_p + r[None, :] * dt_c, mask=inside[:, None] & (r[None, :] < R), other=0.0).to(
-                tl.float32
-            )
             if BR > 16:
                 high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
-            v = expand_step(dt, high, low, bias, SPLIT_DOT)
+            v = expand_step(dt.to(tl.float32), high, low, bias, SPLIT_DOT)
         else:
-            v = tl.load(dt_ptr + p_rows[:, None] * dt_p + c[None, :] * dt_c, mask=here, other=0.0).to(tl.float32)
-            v += bias[None, :]
+            v = dt.to(tl.float32) + bias[None, :]
         if SOFTPLUS:
             v, _ = softplus(v)
         delta = v
         if LAST:  # steps after the end of a path change nothing else
-            delta = tl.where(exists[:, None], v, 0.0)
+            delta = tl.where((exists != 0)[:, None], v, 0.0)
         dx = delta * x
         if SUMMARY:
             total += tl.sum(delta, 0)
@@ -127,11 +125,16 @@ def scan_forward_kernel(
             if N > 1:
                 A = tl.load(A_ptr + n * channels, mask=real, other=0.0).to(tl.float32) * LOG2E
                 h = tl.load(states_ptr + n * channels, mask=real, other=0.0)
-            B = to_rows(tl.load(b_ptr + p * b_p + n * b_n, mask=inside, other=0.0).to(tl.float32))
+                B = to_rows(tl.load(b_ptr + p * b_p + n * b_n, mask=inside != 0, other=0.0).to(tl.float32))
+            else:
+                B = B1.to(tl.float32)
             a = tl.exp2(delta * A[None, :])
             state = scan_states(a, dx * B[:, None], h[None, :], row == 0)
             if not SUMMARY:
-                C = to_rows(tl.load(c_ptr + p * c_p + n * c_n, mask=inside, other=0.0).to(tl.float32))
+                if N > 1:
+                    C = to_rows(tl.load(c_ptr + p * c_p + n * c_n, mask=inside != 0, other=0.0).to(tl.float32))
+                else:
+                    C = C1.to(tl.float32)
                 y += state * C[:, None]
             h = pick_row(state, row == BT - 1)
             if SUMMARY or tile + 1 < end:
@@ -142,12 +145,15 @@ def scan_forward_kernel(
             n += 1
         if not SUMMARY:
             if HAS_Z:
-                z = tl.load(z_ptr + batch * z_b + k * z_k + p_rows[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(
+                z = tl.load(z_ptr + batch * z_b + k * z_k + p[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(
                     tl.float32
                 )
                 y = y * z / (1.0 + tl.exp2(-z * LOG2E))
-            tl.store(y_ptr + p_rows[:, None] * y_p, y, mask=here)
+            tl.store(y_ptr + p[:, None] * y_p, y, mask=here)
         states_ptr += slot
         tile += 1
+        p, exists, inside, p1, exists1, inside1, x, dt = p1, exists1, inside1, p2, exists2, inside2, x1, dt1
+        if N == 1:
+            B1, C1 = B11, C11
     if SUMMARY:
         tl.store(total_ptr + ((batch * K + k) * splits + split) * channels + c, total, mask=real)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..paths import parse_path  # noqa: TID252
 from .backward import scan_backward_kernel
 from .forward import scan_forward_kernel
-from .projection import step_gradient_kernel, weight_gradient_kernel
+from .projection import projection_gradients_kernel, step_gradient_kernel, weight_gradient_kernel
 from .reduce import carry_kernel, sum_parts_kernel
 
 STEPS = 16
@@ -68,21 +68,13 @@ def backward(
     sum_paths = xs == 1 and scan.k > 1
     dx = x.new_empty((batch, scan.k, height, width, channels), dtype=torch.float32 if sum_paths else x.dtype)
     dy = _flat(dy.unsqueeze(1) if merge else dy)
-    rank, blocks = scan.rank, scan.blocks
-    fused = scan.fused
-    if not fused:
-        dx_dbl = x_dbl.new_empty(x_dbl.shape)
-        ddt = dx_dbl[..., :rank].flatten(1, 2).transpose(1, 2).unsqueeze(0)
-        packed = x_dbl.new_empty((blocks, *x_dbl.shape[:-1], 2 * scan.n), dtype=torch.float32)
-        dB, dC = packed.flatten(2, 3).transpose(2, 3).split(scan.n, dim=-1)
-    else:
-        packed = x_dbl.new_empty((blocks, *x_dbl.shape), dtype=torch.float32 if blocks > 1 else x_dbl.dtype)
-        ddt, dB, dC = packed.flatten(2, 3).transpose(2, 3).split([rank, scan.n, scan.n], dim=-1)
+    rank = scan.rank
+    dx_dbl = x_dbl.new_empty(x_dbl.shape)
+    ddt = dx_dbl[..., :rank].flatten(1, 2).transpose(1, 2)
+    parts = x_dbl.new_empty((triton.cdiv(channels, scan._block(backward=True)), *x_dbl.shape[:-1], 2 * scan.n), dtype=torch.float32)
+    dB, dC = parts.flatten(2, 3).transpose(2, 3).split(scan.n, dim=-1)
     sums = scan.backward(dy, states, dx.flatten(2, 3), None, ddt, dB, dC)
-    if not fused:
-        dx_dbl[..., rank:] = packed.sum(0)
-    else:
-        dx_dbl = packed[0] if blocks == 1 else _sum_parts(packed.unsqueeze(0), x_dbl.dtype)[0]
+    torch.sum(parts, 0, out=dx_dbl[..., rank:]) if x_dbl.dtype == torch.float32 else dx_dbl[..., rank:].copy_(parts.sum(0))
     return (_sum_parts(dx, x.dtype).unsqueeze(1) if sum_paths else dx, dx_dbl, *sums)
 
 
@@ -138,22 +130,13 @@ class _Scan:
         return self.dt.shape[-1]
 
     @property
-    def fused(self) -> bool:
-        """Whether the backward kernel itself carries the gradients of a low-rank step through to dt and its weight."""
-        return self.weight is not None and self.rank <= 16
-
-    @property
     def channels(self) -> int:
         return self.x.shape[-1]
 
-    @property
-    def blocks(self) -> int:
-        return triton.cdiv(self.channels, self._tile()["BC"])
-
-    def _tile(self) -> dict[str, int]:
-        """Tile and warps: one warp, its lanes on adjacent channels, one or two channels a lane."""
-        block = 64 if self.channels > 32 else 32
-        return {"BT": STEPS, "BC": block, "VEC": block // 32, "num_warps": 1}
+    def _block(self, backward: bool) -> int:
+        """Channels of a program: one or two for every lane of its one warp. The backward has no registers for two."""
+        padding = triton.cdiv(self.channels, 64) * 64 - self.channels
+        return 32 if backward or 4 * padding >= self.channels else 64
 
     def _length(self) -> int:
         height, width = self.size
@@ -171,11 +154,11 @@ class _Scan:
         thin = min(self.size) == 1
         return tuple(2 * (s.window + 1 if s.window else int(s.column and not thin)) + s.flip for s in specs)
 
-    def _common(self, tiles: int) -> tuple[dict[str, object], int]:
+    def _common(self, tiles: int, block: int) -> tuple[dict[str, object], int]:
         """The arguments that both kernels take, and the number of programs."""
         height, width = self.size
         batch = self.x.shape[0]
-        programs = self.blocks * self.k * batch
+        programs = triton.cdiv(self.channels, block) * self.k * batch
         splits, per_split = self._splits(programs, tiles)
         tensors = {"x": self.x, "dt": self.dt, "b": self.B, "c": self.C, "z": self.z}
         pointers = {f"{name}_ptr": t for name, t in tensors.items()}
@@ -189,7 +172,7 @@ class _Scan:
             "RANK": self.rank, "PACKED": self.packed,
             "HAS_D": self.D is not None, "HAS_BIAS": self.bias is not None, "HAS_Z": self.z is not None,
             "SOFTPLUS": self.softplus, "SPLIT_DOT": self.dt.element_size() == 2,
-            **self._tile(),
+            "BT": STEPS, "BC": block, "VEC": block // 32, "num_warps": 1,
         }  # fmt: skip
         return arguments, programs * splits
 
@@ -200,7 +183,7 @@ class _Scan:
         length = self._length()
         states = x.new_empty(states_shape(batch, k, length, channels, n), dtype=torch.float32)
         last_state = x.new_empty((batch, k, n, channels) if return_last_state else (0,), dtype=torch.float32)
-        arguments, programs = self._common(states.shape[2])
+        arguments, programs = self._common(states.shape[2], self._block(backward=False))
         arguments |= {"y_ptr": y, "WIDE": _wide(x, self.dt, y), **_strides("y", y)}
         with _device(x):
             splits = arguments["splits"]
@@ -220,23 +203,20 @@ class _Scan:
     ) -> tuple[Tensor, ...]:
         """Write the gradients of the maps; returns dA, dD, ddt_weight, ddt_bias.
 
-        `dx`, `dz` are (batch, K, positions, C); `ddt`, `dB`, `dC` (channel blocks, batch, K, positions, .) with a full dt's first axis
-        of size 1 (its blocks write apart).
+        `dx`, `dz` and `ddt` are (batch, K, positions, .); `dB`, `dC` (channel blocks, batch, K, positions, N), to be summed.
         """
         x, k, n, channels = self.x, self.k, self.n, self.channels
-        arguments, programs = self._common(states.shape[2])
+        arguments, programs = self._common(states.shape[2], self._block(backward=True))
         splits = arguments["splits"]
-        widths = (n, int(self.D is not None), self.rank if self.fused else 0, int(self.bias is not None))
-        through = self.weight is not None and not self.fused
-        dv = x.new_empty((1, *dx.shape), dtype=torch.float32) if through else ddt
+        widths = (n, int(self.D is not None), int(self.bias is not None))
+        dv = ddt if self.weight is None else x.new_empty(dx.shape, dtype=torch.float32)
         sums = x.new_empty((x.shape[0] * splits, k * channels * sum(widths)), dtype=torch.float32)
-        dA, dD, dweight, dbias = sums.split([k * channels * w for w in widths], dim=1)
+        dA, dD, dbias = sums.split([k * channels * w for w in widths], dim=1)
         arguments |= {
-            "dy_ptr": dy, "states_ptr": states, "dx_ptr": dx, "dz_ptr": dz, "ddt_ptr": dv, "FUSED": self.fused, "db_ptr": dB, "dc_ptr": dC,
-            "dA_ptr": dA, "dD_ptr": dD, "dweight_ptr": dweight, "dbias_ptr": dbias, "sums_part": sums.stride(0),
+            "dy_ptr": dy, "states_ptr": states, "dx_ptr": dx, "dz_ptr": dz, "ddt_ptr": dv, "db_ptr": dB, "dc_ptr": dC,
+            "dA_ptr": dA, "dD_ptr": dD, "dbias_ptr": dbias, "sums_part": sums.stride(0),
             "WIDE": _wide(x, self.dt, dx, dv), **_strides("dy", dy), **_strides("dx", dx),
-            "ddt_block": dv.stride(0) if dv.shape[0] > 1 else 0, "db_block": dB.stride(0),
-            **_strides("ddt", dv[0]), **_strides("db", dB[0], last="n"),
+            "db_block": dB.stride(0), **_strides("ddt", dv), **_strides("db", dB[0], last="n"),
         }  # fmt: skip
         with _device(x):
             carry, totals = self._ends_and_totals(splits)
@@ -245,41 +225,39 @@ class _Scan:
                 scan_backward_kernel[(programs,)](**arguments, carry_ptr=ends, total_ptr=totals, SUMMARY=True)
                 self._carry(ends, totals, carry, carry.stride(1), carry.stride(2), REVERSE=True)
             scan_backward_kernel[(programs,)](**arguments, carry_ptr=carry, total_ptr=totals, SUMMARY=False)
-        totals = list(sums.sum(0).split([k * channels * w for w in widths]))
-        totals[0] = totals[0].view(k, n, channels).transpose(1, 2)
-        if through:
-            totals[2] = self._through_projection(dv, ddt[0])
-        given = (self.A, self.D, self.weight, self.bias)
+        dA, dD, dbias = sums.sum(0).split([k * channels * w for w in widths])
+        dA = dA.view(k, n, channels).transpose(1, 2)
+        dweight = None if self.weight is None else self._through_projection(dv, ddt)
         shapes = ((k, channels, n), (k, channels), (k, channels, self.rank), (k, channels))
         return tuple(
             x.new_empty(0) if t is None else g.reshape(shape).to(t.dtype, memory_format=torch.contiguous_format)
-            for t, g, shape in zip(given, totals, shapes, strict=True)
+            for t, g, shape in zip((self.A, self.D, self.weight, self.bias), (dA, dD, dweight, dbias), shapes, strict=True)
         )
 
     def _through_projection(self, dv: Tensor, ddt: Tensor) -> Tensor:
-        """From the gradient of the full step (1, batch, K, positions, C): writes `ddt`, returns the weight's."""
-        _, batch, k, positions, channels = dv.shape
-        blocks = triton.cdiv(positions, 64)
-        chunks = min(32, blocks * batch)
-        parts = dv.new_empty((chunks, *self.weight.shape))
-        shared = {"K": k, "R": self.rank, "BR": max(16, triton.next_power_of_2(self.rank)), "BP": 64, "num_warps": 4}
+        """From the gradient of the full step (batch, K, positions, C): writes `ddt`, returns the weight's."""
+        batch, k, positions, channels = dv.shape
+        options = {"K": k, "R": self.rank, "BR": max(16, triton.next_power_of_2(self.rank)), "num_warps": 4}
         split = self.dt.element_size() == 2
+        strides = (*_strides("dt", self.dt).values(), *_strides("ddt", ddt).values())
+        block = max(16, triton.next_power_of_2(channels))
         with _device(dv):
+            if options["BR"] * block <= 4096:
+                chunks = min(triton.cdiv(4 * _processors(dv.device), k), triton.cdiv(positions, 32) * batch)
+                parts = dv.new_empty((chunks, *self.weight.shape), dtype=torch.float32)
+                projection_gradients_kernel[(k * chunks,)](
+                    dv, self.dt, self.weight, ddt, parts, batch, positions, channels, chunks, *strides,
+                    SPLIT=split, BP=32, BC=block, **options,
+                )  # fmt: skip
+                return parts.sum(0)
+            blocks = triton.cdiv(positions, 64)
+            chunks = min(32, blocks * batch)
+            parts = dv.new_empty((chunks, *self.weight.shape), dtype=torch.float32)
             step_gradient_kernel[(blocks * k * batch,)](
-                dv, self.weight, ddt, positions, channels, *_strides("ddt", ddt).values(), TF32=split, BC=64, **shared
+                dv, self.weight, ddt, positions, channels, *strides[4:], TF32=split, BP=64, BC=64, **options
             )
             weight_gradient_kernel[(triton.cdiv(channels, 64) * k * chunks,)](
-                dv,
-                self.dt,
-                parts,
-                batch,
-                positions,
-                channels,
-                chunks,
-                *_strides("dt", self.dt).values(),
-                SPLIT=split,
-                BC=64,
-                **shared,
+                dv, self.dt, parts, batch, positions, channels, chunks, *strides[:4], SPLIT=split, BP=64, BC=64, **options
             )
         return parts.sum(0)
 

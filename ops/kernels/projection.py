@@ -73,3 +73,43 @@ def weight_gradient_kernel(
         block += chunks
     at = ((chunk * K + k) * channels + c[None, :]).to(tl.int64) * R + r[:, None]
     tl.store(parts_ptr + at, dweight, mask=(r[:, None] < R) & real[None, :])
+
+
+@triton.jit
+def projection_gradients_kernel(
+    dv_ptr, dt_ptr, weight_ptr, ddt_ptr, parts_ptr, batch, positions, channels, chunks, dt_b, dt_k, dt_p, dt_c, ddt_b, ddt_k, ddt_p, ddt_c,
+    K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SPLIT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Both of the above in one reading of dv, where BC >= C and rank fit the registers."""
+    pid = tl.program_id(0)
+    k = pid % K
+    chunk = pid // K
+    c = tl.arange(0, BC)
+    real = c < channels
+    r = tl.arange(0, BR)
+    weight = tl.load(weight_ptr + (k * channels + c[:, None]) * R + r[None, :], mask=real[:, None] & (r[None, :] < R), other=0.0)
+    weight = weight.to(tl.float32)
+    dweight = tl.zeros([BR, BC], tl.float32)
+    blocks = (positions + BP - 1) // BP
+    block = chunk
+    while block < blocks * batch:
+        image = (block // blocks).to(tl.int64)
+        p = (block % blocks) * BP + tl.arange(0, BP)
+        here = p < positions
+        at = ((image * K + k) * positions + p[:, None]) * channels + c[None, :]
+        dv = tl.load(dv_ptr + at, mask=here[:, None] & real[None, :], other=0.0)
+        dt_at = dt_ptr + image * dt_b + k * dt_k + p[None, :].to(tl.int64) * dt_p + r[:, None] * dt_c
+        dt = tl.load(dt_at, mask=here[None, :] & (r[:, None] < R), other=0.0).to(tl.float32)
+        if SPLIT:
+            ddt = tl.dot(dv, weight, input_precision="tf32")
+            high, low = split_weight(dv)
+            dweight = tl.dot(dt, low, dweight, input_precision="tf32")
+            dweight = tl.dot(dt, high, dweight, input_precision="tf32")
+        else:
+            ddt = tl.dot(dv, weight, input_precision="ieee")
+            dweight = tl.dot(dt, dv, dweight, input_precision="ieee")
+        ddt_at = ddt_ptr + image * ddt_b + k * ddt_k + p[:, None].to(tl.int64) * ddt_p + r[None, :] * ddt_c
+        tl.store(ddt_at, ddt, mask=here[:, None] & (r[None, :] < R))
+        block += chunks
+    at = ((chunk * K + k) * channels + c[None, :]).to(tl.int64) * R + r[:, None]
+    tl.store(parts_ptr + at, dweight, mask=(r[:, None] < R) & real[None, :])
