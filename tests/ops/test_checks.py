@@ -238,6 +238,13 @@ def test_backend(form):
     refused(call(["chunked"]), ValueError, "backend: unknown backend ['chunked']")
 
 
+def test_backend_that_cannot_run():
+    """Asked for by name it raises and says why, rather than falling back."""
+    inputs = cross_selective_scan_inputs()
+    message = "backend: 'triton' cannot run here: the Triton kernels take float16, bfloat16 and float32, not torch.float64"
+    refused(lambda: cross_selective_scan(**inputs, paths=CROSS, backend="triton"), RuntimeError, message)
+
+
 @pytest.mark.parametrize(
     ("form", "flag"),
     [
