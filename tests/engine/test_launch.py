@@ -30,7 +30,7 @@ def test_train_then_test(tiny, capsys):
     assert main_train([str(config), "--work-dir", str(work)]) == 0
     out = capsys.readouterr().out
     accuracy = re.search(r"^top-1: (\d+\.\d) %$", out, re.MULTILINE).group(1)
-    assert re.search(r"epoch 2/2  loss \d+\.\d+  accuracy \d+\.\d  val top1 \d+\.\d  left 0:00:00", out)
+    assert re.search(r"^epoch 2/2  loss \d+\.\d+  accuracy \d+\.\d  left 0:00:00\nepoch 2/2  val top1 \d+\.\d$", out, re.MULTILINE)
     assert "WARNING" not in out
     (log,) = work.glob("*/*.log")
     for place in (work / "epoch_2.pth", work / "predictions.png", work / "timm", log):

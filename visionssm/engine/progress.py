@@ -30,26 +30,30 @@ class ProgressHook(Hook):
         self.console = Console()
         self.bar: Progress | None = None
         self.metrics: dict[str, float] = {}
+        self.begin, self.first_iter, self.shown = time.monotonic(), 0, 0.0
 
     def before_train(self, runner: Runner) -> None:
         """Start the bar at the iteration from which training goes on."""
-        self.begin, self.first_iter, self.shown = time.monotonic(), runner.iter, 0.0
-        self.open(total=runner.max_iters, completed=runner.iter)
+        self.begin, self.first_iter = time.monotonic(), runner.iter
+        self.open("training", total=runner.max_iters, completed=runner.iter)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
         """Move the bar."""
         if self.bar and time.monotonic() - self.shown > self.refresh:
             self.shown = time.monotonic()
-            self.show(f"epoch {runner.epoch + 1}/{runner.max_epochs}", runner.iter + 1, self.status(runner, runner.iter + 1))
+            status = self.status(runner, runner.iter + 1, self.metrics)
+            self.show(f"epoch {runner.epoch + 1}/{runner.max_epochs}", runner.iter + 1, status)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Without a terminal: one line per epoch."""
-        if is_main_process() and not self.console.is_terminal:
-            self.console.print(f"epoch {runner.epoch + 1}/{runner.max_epochs}  {self.status(runner, runner.iter)}", highlight=False)
+        self.print_line(f"epoch {runner.epoch + 1}/{runner.max_epochs}  {self.status(runner, runner.iter, {})}")
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Keep the newest validation result for the bar."""
+        """Show the newest validation result in the bar; without a terminal: a line."""
         self.metrics = {name.rsplit("/", 1)[-1]: value for name, value in (metrics or {}).items()}
+        epoch = f"epoch {runner.epoch}/{runner.max_epochs}"
+        self.show(epoch, runner.iter, self.status(runner, runner.iter, self.metrics))
+        self.print_line(f"{epoch}  {'  '.join(_validation(self.metrics))}")
 
     def after_train(self, runner: Runner) -> None:
         """Close the bar."""
@@ -57,7 +61,7 @@ class ProgressHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Start a bar for the test images."""
-        self.open(total=len(runner.test_dataloader))
+        self.open("test", total=len(runner.test_dataloader))
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Move the bar."""
@@ -67,7 +71,7 @@ class ProgressHook(Hook):
         """Close the bar."""
         self.close()
 
-    def status(self, runner: Runner, done: int) -> str:
+    def status(self, runner: Runner, done: int, metrics: dict[str, float]) -> str:
         """Mean loss and accuracy of the last iterations, the newest validation result, the time left."""
         scalars = runner.message_hub.log_scalars
         parts = [
@@ -75,18 +79,17 @@ class ProgressHook(Hook):
             for name, form in (("loss", ".3f"), ("accuracy", ".1f"))
             if f"train/{name}" in scalars
         ]
-        parts += [f"val {name} {value:.1f}" for name, value in self.metrics.items()]
         elapsed = time.monotonic() - self.begin
         left = elapsed / max(done - self.first_iter, 1) * (runner.max_iters - done)
-        return "  ".join([*parts, f"left {timedelta(seconds=round(left))}"])
+        return "  ".join([*parts, *_validation(metrics), f"left {timedelta(seconds=round(left))}"])
 
-    def open(self, total: int, completed: int = 0) -> None:
+    def open(self, description: str, total: int, completed: int = 0) -> None:
         """Show a bar, where there is a terminal."""
         if is_main_process() and self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), console=self.console
             )
-            self.bar.add_task("", total=total, completed=completed, status="")
+            self.bar.add_task(description, total=total, completed=completed, status="")
             self.bar.start()
 
     def show(self, description: str, completed: int, status: str) -> None:
@@ -94,8 +97,17 @@ class ProgressHook(Hook):
         if self.bar:
             self.bar.update(TaskID(0), description=description, completed=completed, status=status)
 
+    def print_line(self, line: str) -> None:
+        """Print a line, where there is no terminal for a bar."""
+        if is_main_process() and not self.console.is_terminal:
+            self.console.print(line, highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         """Remove the live display; the terminal's cursor comes back."""
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+def _validation(metrics: dict[str, float]) -> list[str]:
+    return [f"val {name} {value:.1f}" for name, value in metrics.items()]
