@@ -390,7 +390,7 @@ def test_initialisation_after_to_empty(name):
         ({"paths": ("h", "v")}, "paths: expected one tuple of path names for each of 2 layers"),
         ({"paths": (("h",), ("w7", "diagonal"))}, "paths: unknown path 'diagonal'"),
         ({"paths": (("h",), ())}, "paths: got no path"),
-        ({"class_token": True}, "rope_grid: expected None with a class token"),
+        ({"class_token": True}, "rope_grid: expected 0 with a class token"),
         ({"global_pool": "token"}, "global_pool: .* got 'token'; token needs a class token"),
         ({"global_pool": "mean"}, "global_pool: .* got 'mean'"),
         ({"embed_dim": 34}, "embed_dim: rotary positions need a multiple of 4, got 34"),

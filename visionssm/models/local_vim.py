@@ -22,6 +22,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     get_device_dtype,
     register_notrace_function,
+    to_2tuple,
     trunc_normal_,
 )
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
@@ -246,12 +247,13 @@ class LocalVim(nn.Module):
         d_state: N of the scan.
         ssm_ratio: inner width of the mixers over `embed_dim`.
         class_token: put a class token in the middle of the sequence.
-        rope_grid: side of the grid for which the rotary tables are computed, None for no rotary positions.
+        rope_grid: side of the grid for which the rotary tables are computed, 0 for no rotary positions.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic-depth rate of the last layer, growing linearly from 0.
 
     Raises:
-        ValueError: `paths` that do not fit `depth`, an unknown path or pooling, rotary positions together with a class token.
+        ValueError: `paths` that do not fit `depth`, an unknown path or pooling, rotary positions together with a class token,
+            an `img_size` of no pixels.
     """
 
     def __init__(
@@ -267,7 +269,7 @@ class LocalVim(nn.Module):
         d_state: int = 16,
         ssm_ratio: float = 2.0,
         class_token: bool = False,
-        rope_grid: int | None = 14,
+        rope_grid: int = 14,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
@@ -276,15 +278,15 @@ class LocalVim(nn.Module):
         dd = {"device": device, "dtype": dtype}
         super().__init__()
         paths = check_layer_paths(paths, depth)
-        if class_token and rope_grid is not None:
-            raise ValueError(f"rope_grid: expected None with a class token, which has no place on the grid, got {rope_grid}")
+        if class_token and rope_grid:
+            raise ValueError(f"rope_grid: expected 0 with a class token, which has no place on the grid, got {rope_grid}")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(
-            img_size,
+            _checked_size(img_size),
             patch_size,
             in_chans,
             embed_dim,
@@ -296,7 +298,7 @@ class LocalVim(nn.Module):
         height, width = self.grid_size
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, height * width + class_token, embed_dim, **dd))
-        self.rope = None if rope_grid is None else RotaryTables(embed_dim, rope_grid, **dd)
+        self.rope = RotaryTables(embed_dim, rope_grid, **dd) if rope_grid else None
         rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.layers = nn.ModuleList(
             LocalVimBlock(embed_dim, names, d_state, ssm_ratio, class_token, drop_path=rate, **dd)
@@ -374,16 +376,20 @@ class LocalVim(nn.Module):
             raise ValueError(f"global_pool: expected one of {known}, got {global_pool!r}{hint}")
         return global_pool
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Make `pos_embed` for another image size; the function computed at any size changes only by this interpolation.
 
         Args:
-            img_size: image side or (height, width) in pixels.
+            img_size: image side or (height, width) in pixels; None keeps the current size.
+
+        Raises:
+            ValueError: a side of no pixels.
         """
         old_size = self.grid_size
-        self.patch_embed.set_input_size(img_size)
-        pos_embed = resample_tokens(self.pos_embed.detach(), self.grid_size, old_size, self.cls_token is not None)
-        self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
+        self.patch_embed.set_input_size(_checked_size(self.patch_embed.img_size if img_size is None else img_size))
+        if self.grid_size != old_size:
+            pos_embed = resample_tokens(self.pos_embed.detach(), self.grid_size, old_size, self.cls_token is not None)
+            self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
         update_model_input_size(self, self.patch_embed.img_size)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -488,6 +494,13 @@ class LocalVim(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _checked_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    size = to_2tuple(img_size)
+    if min(size) < 1:
+        raise ValueError(f"img_size: expected at least one pixel a side, got {size[0]} x {size[1]}")
+    return size
 
 
 _DIRECTION_KEY = re.compile(r"(?P<mixer>.*\.mixer\.)(?P<name>A_log|D|conv1d|x_proj|dt_proj)_(?P<k>\d+)(?P<leaf>\.weight|\.bias)?")
@@ -639,7 +652,7 @@ def local_vim_tiny(pretrained: bool = False, **kwargs: Any) -> LocalVim:
 @register_model
 def local_vim_tiny_midclstok(pretrained: bool = False, **kwargs: Any) -> LocalVim:
     """LocalVim-T with a class token in the middle and no rotary positions."""
-    args = {"embed_dim": 192, "class_token": True, "global_pool": "token", "rope_grid": None}
+    args = {"embed_dim": 192, "class_token": True, "global_pool": "token", "rope_grid": 0}
     return _create_local_vim("local_vim_tiny_midclstok", pretrained, **{**args, **kwargs})
 
 
