@@ -233,7 +233,7 @@ class VisionMamba(nn.Module):
             ValueError: an image smaller than the patch.
         """
         old_size = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size or self.patch_embed.img_size)
+        self.patch_embed.set_input_size(self.patch_embed.img_size if img_size is None else img_size)
         if self.patch_embed.grid_size != old_size:
             pos_embed = resample_tokens(self.pos_embed.detach(), self.patch_embed.grid_size, old_size, class_token=True)
             self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
