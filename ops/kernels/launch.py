@@ -13,7 +13,7 @@ from ..paths import parse_path  # noqa: TID252
 from .backward import scan_backward_kernel
 from .forward import scan_forward_kernel
 from .projection import projection_gradients_kernel, step_gradient_kernel, weight_gradient_kernel
-from .reduce import carry_kernel, sum_parts_kernel
+from .reduce import carry_kernel, sum_parts_kernel, transpose_kernel
 
 STEPS = 16
 """Positions in a tile; the states at tile boundaries are what the backward keeps."""
@@ -71,11 +71,63 @@ def backward(
     rank = scan.rank
     dx_dbl = x_dbl.new_empty(x_dbl.shape)
     ddt = dx_dbl[..., :rank].flatten(1, 2).transpose(1, 2)
-    parts = x_dbl.new_empty((triton.cdiv(channels, scan._block(backward=True)), *x_dbl.shape[:-1], 2 * scan.n), dtype=torch.float32)
+    parts = x_dbl.new_empty((triton.cdiv(channels, scan.block(backward=True)), *x_dbl.shape[:-1], 2 * scan.n), dtype=torch.float32)
     dB, dC = parts.flatten(2, 3).transpose(2, 3).split(scan.n, dim=-1)
     sums = scan.backward(dy, states, dx.flatten(2, 3), None, ddt, dB, dC)
     torch.sum(parts, 0, out=dx_dbl[..., rank:]) if x_dbl.dtype == torch.float32 else dx_dbl[..., rank:].copy_(parts.sum(0))
     return (_sum_parts(dx, x.dtype).unsqueeze(1) if sum_paths else dx, dx_dbl, *sums)
+
+
+def sequence_states_shape(batch: int, groups: int, length: int, channels: int, state: int) -> tuple[int, ...]:
+    """Shape of what `sequence_forward` keeps for `sequence_backward`; `channels` of each group."""
+    return states_shape(batch, groups, length, channels, state)
+
+
+def sequence_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See library.py; y is a view of a channels-last map, which is how the kernel works and what an output projection wants."""
+    u, delta, z = _channels_last(u, delta, z)
+    scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y = torch.empty_like(u)
+    states, last_state = scan.forward(_grouped(y, scan.k), return_last_state)
+    return y.mT, last_state.flatten(1, 2) if return_last_state else last_state, states
+
+
+def sequence_backward(
+    dy: Tensor,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
+    """See library.py."""
+    dy, u, delta, z = _channels_last(dy, u, delta, z)
+    scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dz = None if z is None else torch.empty_like(z)
+    blocks = triton.cdiv(scan.channels, scan.block(backward=True))
+    dB, dC = (u.new_empty((blocks, *m.shape), dtype=torch.float32) for m in (B, C))
+    maps = (None if m is None else _grouped(m, scan.k) for m in (dy, du, dz, ddelta))
+    dy, *views = maps
+    dA, dD, _, dbias = scan.backward(dy, states, *views, dB.mT, dC.mT)
+    dz = u.new_empty(0) if dz is None else dz.mT
+    return (du.mT, ddelta.mT, dA.flatten(0, 1), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dD.flatten(), dz, dbias.flatten())
 
 
 @dataclass
@@ -117,6 +169,28 @@ class _Scan:
         parameters = (None if t is None else t.contiguous() for t in (A.transpose(1, 2), D, dt_weight, dt_bias))
         return cls(_flat(x), dt, B, C, None, *parameters, (height, width), paths, softplus, projection.stride(-1) == 1)
 
+    @classmethod
+    def of_sequence(
+        cls,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        softplus: bool,
+    ) -> _Scan:
+        """From the operands of `selective_scan`, u, delta and z channels-last, B and C with groups: a group is a path over a 1 x L map."""
+        groups = B.shape[1]
+        maps = (_grouped(m, groups) for m in (u, delta))
+        A = A.unflatten(0, (groups, -1)).transpose(1, 2).contiguous()
+        D, bias = (None if t is None else t.unflatten(0, (groups, -1)).contiguous() for t in (D, delta_bias))
+        gate = None if z is None else _grouped(z, groups)
+        size = (1, u.shape[1])
+        return cls(*maps, B.mT, C.mT, gate, A, D, None, bias, size, ("h",) * groups, softplus, False)
+
     @property
     def k(self) -> int:
         return len(self.paths)
@@ -133,7 +207,7 @@ class _Scan:
     def channels(self) -> int:
         return self.x.shape[-1]
 
-    def _block(self, backward: bool) -> int:
+    def block(self, backward: bool) -> int:
         """Channels of a program: one or two for every lane of its one warp. The backward has no registers for two."""
         padding = triton.cdiv(self.channels, 64) * 64 - self.channels
         return 32 if backward or 4 * padding >= self.channels else 64
@@ -183,7 +257,7 @@ class _Scan:
         length = self._length()
         states = x.new_empty(states_shape(batch, k, length, channels, n), dtype=torch.float32)
         last_state = x.new_empty((batch, k, n, channels) if return_last_state else (0,), dtype=torch.float32)
-        arguments, programs = self._common(states.shape[2], self._block(backward=False))
+        arguments, programs = self._common(states.shape[2], self.block(backward=False))
         arguments |= {"y_ptr": y, "WIDE": _wide(x, self.dt, y), **_strides("y", y)}
         with _device(x):
             splits = arguments["splits"]
@@ -206,7 +280,7 @@ class _Scan:
         `dx`, `dz` and `ddt` are (batch, K, positions, .); `dB`, `dC` (channel blocks, batch, K, positions, N), to be summed.
         """
         x, k, n, channels = self.x, self.k, self.n, self.channels
-        arguments, programs = self._common(states.shape[2], self._block(backward=True))
+        arguments, programs = self._common(states.shape[2], self.block(backward=True))
         splits = arguments["splits"]
         widths = (n, int(self.D is not None), int(self.bias is not None))
         dv = ddt if self.weight is None else x.new_empty(dx.shape, dtype=torch.float32)
@@ -273,6 +347,30 @@ class _Scan:
             ends, totals, self.A, carry, count, self.k, ends.shape[2], self.channels, stride_path, stride_split,
             REVERSE=REVERSE, N=self.n, BLOCK=128, num_warps=4,
         )  # fmt: skip
+
+
+def _grouped(m: Tensor, groups: int) -> Tensor:
+    """(batch, length, dim) -> a view (batch, groups, length, dim / groups)."""
+    return m.unflatten(2, (groups, -1)).transpose(1, 2)
+
+
+def _channels_last(*maps: Tensor | None) -> list[Tensor | None]:
+    """(batch, dim, length) each -> (batch, length, dim) with adjacent channels: views where they are so, copies by one kernel else."""
+    copied = [m for m in maps if m is not None and m.stride(1) != 1]
+    transposed: list[Tensor] = []
+    if copied:
+        first = copied[0]
+        batch, dim, length = first.shape
+        if any(m.dtype != first.dtype for m in copied):
+            return [None if m is None else m.mT.contiguous() for m in maps]
+        out = first.new_empty((len(copied), batch, length, dim))
+        sources = (copied * 4)[:4]
+        with _device(first):
+            transpose_kernel[(triton.cdiv(length, 64) * triton.cdiv(dim, 64) * batch, len(copied))](
+                *sources, out, dim, length, *(s for m in sources for s in m.stride()), out.stride(0), batch, BLOCK=64, num_warps=4
+            )
+        transposed = list(out.unbind())
+    return [None if m is None else m.mT if m.stride(1) == 1 else transposed.pop(0) for m in maps]
 
 
 def _flat(maps: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN201, E501  (Triton reads annotations as its own)
-"""The kernels around the scan: sums of parts in a fixed order, and the states carried from split to split."""
+"""The kernels around the scan: sums of parts in a fixed order, the states carried from split to split, transposition."""
 
 import triton
 import triton.language as tl
@@ -50,3 +50,34 @@ def carry_kernel(
         decay = tl.exp2(A * tl.load(total_ptr + here * channels + nc % channels, mask=mask, other=0.0))
         state = decay * state + tl.load(end_ptr + here * inner + nc, mask=mask, other=0.0)
         j += 1
+
+
+@triton.jit
+def transpose_kernel(
+    a_ptr, b_ptr, c_ptr, d_ptr, out_ptr, rows, columns, a_b, a_r, a_c, b_b, b_r, b_c, c_b, c_r, c_c, d_b, d_r, d_c, out_m, batch,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Up to four maps (batch, rows, columns) into `out` (maps, batch, columns, rows), the second grid axis choosing the map."""
+    which = tl.program_id(1)
+    m_ptr = a_ptr
+    m_b, m_r, m_c = a_b, a_r, a_c
+    if which == 1:
+        m_ptr = b_ptr
+        m_b, m_r, m_c = b_b, b_r, b_c
+    elif which == 2:
+        m_ptr = c_ptr
+        m_b, m_r, m_c = c_b, c_r, c_c
+    elif which == 3:
+        m_ptr = d_ptr
+        m_b, m_r, m_c = d_b, d_r, d_c
+    tiles = (columns + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    column = (pid % tiles) * BLOCK + tl.arange(0, BLOCK)
+    rest = pid // tiles
+    bands = (rows + BLOCK - 1) // BLOCK
+    row = (rest % bands) * BLOCK + tl.arange(0, BLOCK)
+    image = (rest // bands).to(tl.int64)
+    mask = (row[:, None] < rows) & (column[None, :] < columns)
+    m = tl.load(m_ptr + image * m_b + row[:, None].to(tl.int64) * m_r + column[None, :].to(tl.int64) * m_c, mask=mask, other=0.0)
+    at = image * rows * columns + column[:, None].to(tl.int64) * rows + row[None, :]
+    tl.store(out_ptr + which.to(tl.int64) * out_m + at, tl.trans(m), mask=tl.trans(mask))
