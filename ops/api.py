@@ -184,8 +184,6 @@ def cross_selective_scan(
     checks.check_bool(dt_softplus=dt_softplus, merge=merge)
     backend = choose_backend(x, backend)
     if backend == "reference":
-        if not isinstance(paths, ScanPaths):
-            paths = ScanPaths(names, (x.shape[-3], x.shape[-2]) if order == "image" else (1, x.shape[2]))
         return reference.cross_selective_scan_ref(
             x, dt, A, B, C, D,
             paths=paths, dt_weight=dt_weight, dt_bias=dt_bias, dt_softplus=dt_softplus, order=order, merge=merge,
@@ -246,7 +244,7 @@ def cross_selective_scan_packed(
         dt, B, C = x_dbl.permute(0, 3, 1, 2, 4).split([rank, state, state], dim=-1)
         return reference.cross_selective_scan_ref(
             x, dt, A, B, C, D,
-            paths=ScanPaths(names, (height, width)), dt_weight=dt_weight, dt_bias=dt_bias, dt_softplus=dt_softplus, merge=merge,
+            paths=paths, dt_weight=dt_weight, dt_bias=dt_bias, dt_softplus=dt_softplus, merge=merge,
         )  # fmt: skip
     x = x if x.dim() == 5 else x.unsqueeze(1)
     return _scan(x, x_dbl, A, D, dt_weight, dt_bias, names, dt_softplus, merge, False, backend)[0]

@@ -56,16 +56,20 @@ def selective_scan_ref(
     return (y, h) if return_last_state else y
 
 
-def cross_scan_ref(x: Tensor, paths: ScanPaths) -> Tensor:
+def cross_scan_ref(x: Tensor, paths: tuple[str, ...] | ScanPaths) -> Tensor:
     """Twin of `cross_scan`: (batch, H, W, C), or flat (batch, positions, C), -> (batch, K, L', C), zeros at padded steps."""
+    paths = _on_map(paths, x.shape[1:3])
     return _gather(x.reshape(x.shape[0], 1, paths.positions, x.shape[-1]), paths)
 
 
-def cross_merge_ref(ys: Tensor, paths: ScanPaths, merge: bool = True) -> Tensor:
+def cross_merge_ref(
+    ys: Tensor, paths: tuple[str, ...] | ScanPaths, size: tuple[int, int] | None = None, merge: bool = True
+) -> Tensor:
     """Twin of `cross_merge`: the adjoint of `cross_scan`, written as the read that inverts each path.
 
     (batch, K, L', C) -> (batch, H, W, C), or (batch, K, H, W, C) with `merge=False`; flat when a token is inserted.
     """
+    paths = _on_map(paths, size)
     inverse = torch.from_numpy(paths.inverse.copy()).to(ys.device)  # (K, positions)
     maps = torch.stack([ys[:, k].index_select(1, inverse[k]) for k in range(len(paths))], dim=1)
     if merge:
@@ -83,7 +87,7 @@ def cross_selective_scan_ref(
     C: Tensor,
     D: Tensor | None = None,
     *,
-    paths: ScanPaths,
+    paths: tuple[str, ...] | ScanPaths,
     dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = True,
@@ -92,6 +96,7 @@ def cross_selective_scan_ref(
 ) -> Tensor:
     """Twin of `cross_selective_scan`: gather every path, scan it, put it back. See there for shapes."""
     if order == "image":
+        paths = _on_map(paths, x.shape[-3:-1])
         batch, positions, channels = x.shape[0], paths.positions, x.shape[-1]
         x = x.reshape(batch, -1, positions, channels)  # one map for all paths, or one per path
         dt, B, C = (m.reshape(batch, len(paths), positions, m.shape[-1]) for m in (dt, B, C))
@@ -117,7 +122,11 @@ def cross_selective_scan_ref(
         ],
         dim=1,
     )  # (batch, K, L', C)
-    return (ys if order == "scan" else cross_merge_ref(ys, paths, merge)).to(dtype)
+    return (ys if order == "scan" else cross_merge_ref(ys, paths, merge=merge)).to(dtype)
+
+
+def _on_map(paths: tuple[str, ...] | ScanPaths, size: tuple[int, ...]) -> ScanPaths:
+    return paths if isinstance(paths, ScanPaths) else ScanPaths(paths, tuple(size))
 
 
 def _gather(maps: Tensor, paths: ScanPaths) -> Tensor:

@@ -1,9 +1,12 @@
 """Derivatives of the public operators against finite differences in float64, in every form; cross_merge as cross_scan's adjoint."""
 
+from inspect import signature
+
 import pytest
 import torch
 from torch.autograd import grad, gradcheck
 
+from visionssm import ops
 from visionssm.ops import (
     BIDIRECTIONAL,
     CROSS,
@@ -143,6 +146,21 @@ def test_scan_order_is_image_order_rearranged(backend):
 
     actual = outputs_and_gradients(rearranged, inputs)
     torch.testing.assert_close(actual, outputs_and_gradients(cross_selective_scan, inputs, paths=paths, backend=backend))
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "cross_selective_scan", "cross_scan", "cross_merge"])
+def test_reference_twins(name):
+    """Each has the arguments of its public form, but for the backend, and takes them as that does."""
+    public, twin = getattr(ops, name), getattr(ops, f"{name}_ref")
+    arguments = [p.replace(annotation=None) for p in signature(public).parameters.values() if p.name != "backend"]
+    assert [p.replace(annotation=None) for p in signature(twin).parameters.values()] == arguments
+    inputs, options = {
+        "selective_scan": (selective_scan_inputs(), {"delta_softplus": True, "return_last_state": True}),
+        "cross_selective_scan": (cross_selective_scan_inputs(), {"paths": CROSS}),
+        "cross_scan": ({"x": torch.randn(2, 3, 5, 2)}, {"paths": CROSS}),
+        "cross_merge": ({"ys": torch.randn(2, 4, 15, 2)}, {"paths": CROSS, "size": (3, 5)}),
+    }[name]
+    torch.testing.assert_close(twin(**inputs, **options), public(**inputs, **options))
 
 
 # --- cross_scan and cross_merge ---------------------------------------------------------------------------------------
