@@ -161,6 +161,8 @@ def test_missing_checkpoint(tiny, capsys):
         ("modle.backbone.model_name=x", "--cfg-options modle.*: the config has no 'modle'; did you mean model"),
         ("model.backbon.model_name=x", "--cfg-options model.backbon.*: model has no 'backbon'; did you mean backbone"),
         ("train_dataloder=x", "--cfg-options train_dataloder: the config has no .*; did you mean train_dataloader"),
+        ("model.type=visionssm.ImageClasifier", "model.type: unknown type .*; did you mean visionssm.ImageClassifier"),
+        ("train_dataloader.dataset.type=visionssm.Digit", "dataset.type: unknown type .*; did you mean visionssm.Digits"),
         ("model.label_smoothing.x=1", "model.label_smoothing is 0.1 and has no keys"),
         (
             "model.label_smooth=0.1",

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from visionssm import configs
+from visionssm import configs, registry
 from visionssm.errors import UserError, did_you_mean, first_line
 
 CONFIG_FOLDER = Path(configs.__file__).parent
@@ -67,12 +67,12 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
         # a config may name helper variables of its own, so only what looks like a slip is refused
         if key not in _RUNNER_KEYS and (near := did_you_mean(key, _RUNNER_KEYS, cutoff=0.85)):
             raise UserError(f"{cfg.filename}: unknown key {key!r}{near}")
-    for dataset in _datasets(cfg):
-        for key in SHARED:
-            if key in cfg and key in _parameters(_resolve(dataset["type"])[0]):
-                dataset.setdefault(key, cfg[key])
     for path, node in _walk(cfg):
         _check_arguments(path, node)
+    for dataset in _datasets(cfg):
+        accepted = set().union(*(_parameters(cls) or () for cls in _resolve(dataset["type"])))
+        for key in accepted.intersection(SHARED, cfg):
+            dataset.setdefault(key, cfg[key])
     return cfg
 
 
@@ -123,7 +123,10 @@ def _check_arguments(path: str, node: Mapping) -> None:
     if path in DATALOADERS:
         allowed, what = _DATALOADER_ARGUMENTS, "DataLoader"
     elif isinstance(node.get("type"), str):
-        candidates = [parameters for cls in _resolve(node["type"]) if (parameters := _parameters(cls)) is not None]
+        found = _resolve(node["type"])
+        if not found and node["type"].startswith(f"{registry.SCOPE}."):
+            raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], _own_types())}")
+        candidates = [parameters for cls in found if (parameters := _parameters(cls)) is not None]
         if not candidates:
             return
         allowed, what = set().union(*candidates), node["type"]
@@ -134,12 +137,18 @@ def _check_arguments(path: str, node: Mapping) -> None:
             raise UserError(f"{path}.{key}: {what} has no such argument{did_you_mean(key, allowed)}")
 
 
+def _own_types() -> list[str]:
+    """All names that this package registers."""
+    registries = [value for value in vars(registry).values() if isinstance(value, registry.Registry)]
+    return [f"{registry.SCOPE}.{name}" for own in registries for name in own.module_dict]
+
+
 def _resolve(name: str) -> list[Callable]:
     """All classes or functions that registries know by this name."""
     found = []
-    for registry in _REGISTRIES:
+    for searched in _REGISTRIES:
         try:
-            found.append(registry.get(name))
+            found.append(searched.get(name))
         except RuntimeError:  # not in this registry
             continue
     return [cls for cls in found if cls is not None]
