@@ -164,6 +164,16 @@ def test_positions_are_resized_when_loaded(name):
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
 
 
+def test_positions_of_a_published_grid_are_never_taken_for_another():
+    """Published positions lie on a square; ours, of the same number, on the model's own grid."""
+    model, wide = small(), small(img_size=(32, 128))
+    published = {"pos_embed": model.pos_embed.detach(), "layers.0.mixer.D_0": torch.ones(64)}
+    resized = checkpoint_filter_fn(published, wide)["pos_embed"]
+    model.set_input_size((32, 128))
+    assert torch.equal(resized, model.pos_embed)
+    assert checkpoint_filter_fn(wide.state_dict(), wide)["pos_embed"].data_ptr() == wide.pos_embed.data_ptr()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("local_vim_tiny", "size mismatch for pos_embed"), ("local_vim_tiny_midclstok", r"Unexpected key.*cls_token")],

@@ -520,7 +520,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
     Takes the whole file's content or its weights, with `module.` or, of detectors and segmentors, `backbone.` prefixes. The latter
     norm the mixers' outputs (`outnorm_i`), which has no counterpart here, and have no final norm: the model's own stays.
-    `pos_embed` of another square grid is interpolated.
+    `pos_embed` of another grid is interpolated.
 
     Args:
         state_dict: names to tensors, or a dict that holds it under `state_dict` or `model`.
@@ -551,11 +551,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             _check_rotary(value, model.rope)
         elif (key == "rope.freqs_sin" and model.rope is not None) or key.startswith("outnorm_"):
             continue
-        elif key == "pos_embed":
-            out[key] = _resized_pos_embed(value, model)
         else:
             out[key] = value
     out.update({key: torch.stack([values[k] for k in sorted(values)]) for key, values in directions.items()})
+    if "pos_embed" in out:
+        out["pos_embed"] = _fit_pos_embed(out["pos_embed"], model, published=bool(directions))
     if dense and "norm_f.weight" not in out and "norm_f.weight" in model.state_dict():
         out["norm_f.weight"] = model.norm_f.weight.detach().clone()
     return out
@@ -574,13 +574,20 @@ def _check_rotary(freqs_cos: Tensor, rope: RotaryTables) -> None:
         )
 
 
-def _resized_pos_embed(pos_embed: Tensor, model: nn.Module) -> Tensor:
+def _fit_pos_embed(pos_embed: Tensor, model: nn.Module, published: bool) -> Tensor:
+    """Resize a checkpoint's positions from the grid that its own image size says, ours (unless published), or a square one."""
     class_token = model.cls_token is not None
     patches = pos_embed.shape[1] - class_token
-    side = math.isqrt(patches)
-    if pos_embed.shape == model.pos_embed.shape or side * side != patches:  # the latter fails when loaded, naming both shapes
-        return pos_embed
-    return resample_tokens(pos_embed, model.grid_size, (side, side), class_token)
+    grids = [(math.isqrt(patches),) * 2]
+    if not published:
+        grids.insert(0, model.grid_size)
+    img_size = getattr(model, "pretrained_model_args", {}).get("img_size")
+    if img_size is not None:
+        grids.insert(0, model.patch_embed.dynamic_feat_size(to_2tuple(img_size)))
+    for height, width in grids:
+        if height * width == patches:
+            return resample_tokens(pos_embed, model.grid_size, (height, width), class_token)
+    return pos_embed  # fails when loaded, which names both shapes
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
