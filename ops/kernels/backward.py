@@ -15,7 +15,6 @@ from .common import (
     softplus,
     split_weight,
     tile_places,
-    to_rows,
 )
 
 
@@ -87,6 +86,7 @@ def scan_backward_kernel(
     if N == 1:
         A = tl.load(A_ptr, mask=real, other=0.0).to(tl.float32)
         carry = tl.load(carry_ptr, mask=real, other=0.0)
+        h1 = zero if SUMMARY else tl.load(states_ptr, mask=real, other=0.0)
         dA = zero
     D = tl.zeros([BC], tl.float32)
     if HAS_D:
@@ -142,37 +142,52 @@ def scan_backward_kernel(
             y = D[None, :] * x
             gB = tl.zeros([BT, BC], tl.float32)
             ddelta = tl.zeros([BT, BC], tl.float32)
+        if N == 1:
+            B, C, h0 = B1, C1, h1
+            if not SUMMARY:
+                h1 = tl.load(states_ptr - channels, mask=real & (tile > first), other=0.0)
+        else:
+            A = tl.load(A_ptr, mask=real, other=0.0).to(tl.float32)
+            carry = tl.load(carry_ptr, mask=real, other=0.0)
+            C = tl.load(c_ptr + p * c_p, mask=on_map, other=0.0)
+            if not SUMMARY:
+                B = tl.load(b_ptr + p * b_p, mask=on_map, other=0.0)
+                h0 = tl.load(states_ptr, mask=real, other=0.0)
+                dA = tl.load(dA_ptr, mask=real, other=0.0)
         n = 0
         while n < N:
-            if N > 1:
-                A = tl.load(A_ptr + n * channels, mask=real, other=0.0).to(tl.float32)
-                carry = tl.load(carry_ptr + n * channels, mask=real, other=0.0)
-                C = to_rows(tl.load(c_ptr + p * c_p + n * c_n, mask=on_map, other=0.0).to(tl.float32))
-            else:
-                C = C1.to(tl.float32)
+            if N > 1:  # the operands of the next state variable are read while this one is computed
+                m = n + 1
+                more = real & (m < N)
+                on = on_map & (m < N)
+                next_A = tl.load(A_ptr + m * channels, mask=more, other=0.0).to(tl.float32)
+                next_carry = tl.load(carry_ptr + m * channels, mask=more, other=0.0)
+                next_C = tl.load(c_ptr + p * c_p + m * c_n, mask=on, other=0.0)
+                if not SUMMARY:
+                    next_B = tl.load(b_ptr + p * b_p + m * b_n, mask=on, other=0.0)
+                    next_h0 = tl.load(states_ptr + m * channels, mask=more, other=0.0)
+                    next_dA = tl.load(dA_ptr + m * channels, mask=more, other=0.0)
             a = tl.exp2(delta * (A * LOG2E)[None, :])
-            g, carry = scan_gradients(a, dy * C[:, None], carry, row, BT)
+            g, carry = scan_gradients(a, dy * C.to(tl.float32)[:, None], carry, row, BT)
             if N > 1:
                 tl.store(carry_ptr + n * channels, carry, mask=real)
             if not SUMMARY:
-                h0 = tl.load(states_ptr + n * channels, mask=real, other=0.0)
-                if N > 1:
-                    B = to_rows(tl.load(b_ptr + p * b_p + n * b_n, mask=on_map, other=0.0).to(tl.float32))
-                else:
-                    B = B1.to(tl.float32)
-                h, decayed = scan_states_decayed(a, xd * B[:, None], h0[None, :], row == 0)
+                b = B.to(tl.float32)[:, None]
+                h, decayed = scan_states_decayed(a, xd * b, h0[None, :], row == 0)
                 decayed = g * decayed
                 ddelta += decayed * A[None, :]
-                gB += g * B[:, None]
-                if N > 1:
-                    dA = tl.load(dA_ptr + n * channels, mask=real, other=0.0)
+                gB += g * b
                 dA += tl.sum(decayed * delta, 0)
                 if N > 1:
                     tl.store(dA_ptr + n * channels, dA, mask=real)
                 tl.store(db_ptr + p * db_p + n * db_n, tl.sum(g * xd, 1), mask=on_map)
                 tl.store(dc_ptr + p * db_p + n * db_n, tl.sum(dy * h, 1), mask=on_map)
                 if HAS_Z:
-                    y += h * C[:, None]
+                    y += h * C.to(tl.float32)[:, None]
+            if N > 1:
+                A, carry, C = next_A, next_carry, next_C
+                if not SUMMARY:
+                    B, h0, dA = next_B, next_h0, next_dA
             n += 1
         if not SUMMARY:
             dx = gB * delta + D[None, :] * dy

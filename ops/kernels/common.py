@@ -95,7 +95,8 @@ def softplus(v):
 
 
 @triton.jit
-def _step(a1, h1, a2, h2):
+def step(a1, h1, a2, h2):
+    """Two pieces of the recurrence h = a h + b as one."""
     return a1 * a2, a2 * h1 + h2
 
 
@@ -103,7 +104,7 @@ def _step(a1, h1, a2, h2):
 def scan_states(a, b, h0, first):
     """h[t] = a[t] h[t-1] + b[t] down the rows, from `h0` before row 0; `first` marks that row."""
     b = tl.where(first, a * h0 + b, b)
-    _, h = tl.associative_scan((a, b), 0, _step)
+    _, h = tl.associative_scan((a, b), 0, step)
     return h
 
 

@@ -15,7 +15,6 @@ from .common import (
     softplus,
     split_weight,
     tile_places,
-    to_rows,
 )
 
 
@@ -120,34 +119,41 @@ def scan_forward_kernel(
         if SUMMARY:
             total += tl.sum(delta, 0)
         y = D[None, :] * x
+        if HAS_Z:
+            z = tl.load(z_ptr + batch * z_b + k * z_k + p[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0)
+        if N == 1:
+            B, C = B1, C1
+        else:
+            A = tl.load(A_ptr, mask=real, other=0.0).to(tl.float32) * LOG2E
+            h = tl.load(states_ptr, mask=real, other=0.0)
+            B = tl.load(b_ptr + p * b_p, mask=inside != 0, other=0.0)
+            C = tl.load(c_ptr + p * c_p, mask=inside != 0, other=0.0)
         n = 0
         while n < N:
-            if N > 1:
-                A = tl.load(A_ptr + n * channels, mask=real, other=0.0).to(tl.float32) * LOG2E
-                h = tl.load(states_ptr + n * channels, mask=real, other=0.0)
-                B = to_rows(tl.load(b_ptr + p * b_p + n * b_n, mask=inside != 0, other=0.0).to(tl.float32))
-            else:
-                B = B1.to(tl.float32)
+            if N > 1:  # the operands of the next state variable are read while this one is computed
+                m = n + 1
+                more = real & (m < N)
+                on = (inside != 0) & (m < N)
+                next_A = tl.load(A_ptr + m * channels, mask=more, other=0.0).to(tl.float32) * LOG2E
+                next_h = tl.load(states_ptr + m * channels, mask=more, other=0.0)
+                next_B = tl.load(b_ptr + p * b_p + m * b_n, mask=on, other=0.0)
+                next_C = tl.load(c_ptr + p * c_p + m * c_n, mask=on, other=0.0)
             a = tl.exp2(delta * A[None, :])
-            state = scan_states(a, dx * B[:, None], h[None, :], row == 0)
+            state = scan_states(a, dx * B.to(tl.float32)[:, None], h[None, :], row == 0)
             if not SUMMARY:
-                if N > 1:
-                    C = to_rows(tl.load(c_ptr + p * c_p + n * c_n, mask=inside != 0, other=0.0).to(tl.float32))
-                else:
-                    C = C1.to(tl.float32)
-                y += state * C[:, None]
+                y += state * C.to(tl.float32)[:, None]
             h = pick_row(state, row == BT - 1)
             if SUMMARY or tile + 1 < end:
                 tl.store(states_ptr + slot + n * channels, h, mask=real)
             elif LAST:
                 if end == tiles:  # noqa: SIM102  (LAST is decided by the compiler, this one at run time)
                     tl.store(last_ptr + n * channels, h, mask=real)
+            if N > 1:
+                A, h, B, C = next_A, next_h, next_B, next_C
             n += 1
         if not SUMMARY:
             if HAS_Z:
-                z = tl.load(z_ptr + batch * z_b + k * z_k + p[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(
-                    tl.float32
-                )
+                z = z.to(tl.float32)
                 y = y * z / (1.0 + tl.exp2(-z * LOG2E))
             tl.store(y_ptr + p[:, None] * y_p, y, mask=here)
         states_ptr += slot

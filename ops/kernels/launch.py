@@ -342,10 +342,12 @@ class _Scan:
 
     def _carry(self, ends: Tensor, totals: Tensor, carry: Tensor, stride_path: int, stride_split: int, REVERSE: bool) -> None:
         """From a first pass that scanned every split from zero: what enters each of them."""
-        count = self.x.shape[0] * self.A.numel()
-        carry_kernel[(triton.cdiv(count, 128),)](
-            ends, totals, self.A, carry, count, self.k, ends.shape[2], self.channels, stride_path, stride_split,
-            REVERSE=REVERSE, N=self.n, BLOCK=128, num_warps=4,
+        count, splits = self.x.shape[0] * self.A.numel(), ends.shape[2]
+        padded = triton.next_power_of_2(splits)
+        block = max(1, 2048 // padded)
+        carry_kernel[(triton.cdiv(count, block),)](
+            ends, totals, self.A, carry, count, self.k, splits, self.channels, stride_path, stride_split,
+            REVERSE=REVERSE, N=self.n, SPLITS=padded, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 

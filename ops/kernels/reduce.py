@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .common import LOG2E
+from .common import LOG2E, step
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def sum_parts_kernel(parts_ptr, out_ptr, count, parts, inner, part_outer, BLOCK:
 @triton.jit
 def carry_kernel(
     end_ptr, total_ptr, A_ptr, carry_ptr, count, K, splits, channels, stride_path, stride_split,
-    REVERSE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What enters every split but the first, from each split's own end (from zero) and its sum of delta.
 
@@ -40,16 +40,16 @@ def carry_kernel(
     path = at // inner
     nc = at % inner
     A = tl.load(A_ptr + (path % K) * inner + nc, mask=mask, other=0.0).to(tl.float32) * LOG2E
-    state = tl.zeros([BLOCK], tl.float32)
-    j = 0
-    while j < splits:
-        split = splits - 1 - j if REVERSE else j
-        if j > 0:
-            tl.store(carry_ptr + path * stride_path + split * stride_split + nc, state, mask=mask)
-        here = path * splits + split
-        decay = tl.exp2(A * tl.load(total_ptr + here * channels + nc % channels, mask=mask, other=0.0))
-        state = decay * state + tl.load(end_ptr + here * inner + nc, mask=mask, other=0.0)
-        j += 1
+    j = tl.arange(0, SPLITS)[:, None]
+    split = splits - 1 - j if REVERSE else j
+    real = mask[None, :] & (j < splits)
+    here = path[None, :] * splits + split
+    decay = tl.exp2(A[None, :] * tl.load(total_ptr + here * channels + (nc % channels)[None, :], mask=real, other=0.0))
+    state = tl.load(end_ptr + here * inner + nc[None, :], mask=real, other=0.0)
+    _, state = tl.associative_scan((decay, state), 0, step)
+    following = split - 1 if REVERSE else split + 1
+    into = carry_ptr + path[None, :] * stride_path + following * stride_split + nc[None, :]
+    tl.store(into, state, mask=mask[None, :] & (j + 1 < splits))
 
 
 @triton.jit
