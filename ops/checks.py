@@ -36,11 +36,10 @@ def check_shape(name: str, tensor: Tensor | None, expected: tuple[tuple[str, int
     """`tensor` has exactly the `expected` shape, given as (axis name, size) pairs."""
     if tensor is None:
         return
-    shape = tuple(tensor.shape)
-    if len(shape) != len(expected) or any(got != size for got, (_, size) in zip(shape, expected, strict=True)):
+    sizes = tuple([size for _, size in expected])
+    if tensor.shape != sizes:
         axes = ", ".join(axis for axis, _ in expected)
-        sizes = ", ".join(str(size) for _, size in expected)
-        raise ValueError(f"{name}: expected ({axes}) = ({sizes}), got shape {_text(shape)}")
+        raise ValueError(f"{name}: expected ({axes}) = {_text(sizes)}, got shape {_text(tuple(tensor.shape))}")
 
 
 def check_rank(name: str, tensor: Tensor, layouts: dict[int, str]) -> None:
@@ -51,7 +50,7 @@ def check_rank(name: str, tensor: Tensor, layouts: dict[int, str]) -> None:
 
 def check_positive(name: str, tensor: Tensor) -> None:
     """No axis of `tensor` is empty."""
-    if any(size == 0 for size in tensor.shape):
+    if tensor.numel() == 0:
         raise ValueError(f"{name}: expected every size to be at least 1, got shape {_text(tuple(tensor.shape))}")
 
 

@@ -1,11 +1,13 @@
 """What every operator test gets: the golden files on the path, one thread, and memory that is never accidentally right."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it when algorithms must be deterministic
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 
 
