@@ -317,7 +317,7 @@ class _Scan:
         block = max(16, triton.next_power_of_2(channels))
         with _device(dv):
             if options["BR"] * block <= 4096:
-                chunks = min(triton.cdiv(4 * _processors(dv.device), k), triton.cdiv(positions, 32) * batch)
+                chunks = min(triton.cdiv(8 * _processors(dv.device), k), triton.cdiv(positions, 32) * batch)
                 parts = dv.new_empty((chunks, *self.weight.shape), dtype=torch.float32)
                 projection_gradients_kernel[(k * chunks,)](
                     dv, self.dt, self.weight, ddt, parts, batch, positions, channels, chunks, *strides,
@@ -325,7 +325,7 @@ class _Scan:
                 )  # fmt: skip
                 return parts.sum(0)
             blocks = triton.cdiv(positions, 64)
-            chunks = min(32, blocks * batch)
+            chunks = min(triton.cdiv(8 * _processors(dv.device), k * triton.cdiv(channels, 64)), blocks * batch)
             parts = dv.new_empty((chunks, *self.weight.shape), dtype=torch.float32)
             step_gradient_kernel[(blocks * k * batch,)](
                 dv, self.weight, ddt, positions, channels, *strides[4:], TF32=split, BP=64, BC=64, **options
