@@ -85,6 +85,10 @@ def selective_scan(
         return reference.selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
     B, C = (m if m.dim() == 4 else m.unsqueeze(1) for m in (B, C))
+    if backend == "triton":
+        operands = (u, delta, A, B, C, D, z, delta_bias)
+        y, last_state, _ = torch.ops.visionssm.selective_scan(*operands, delta_softplus, return_last_state)
+        return (y, last_state) if return_last_state else y
     split = (groups, dim // groups)
     y, last_state = _scan(
         u.unflatten(1, split).mT.unsqueeze(2),  # (batch, groups, 1, length, dim / groups)

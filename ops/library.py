@@ -33,6 +33,18 @@ _LIB.define(
     " -> (Tensor dx, Tensor dx_dbl, Tensor dA, Tensor dD, Tensor ddt_weight, Tensor ddt_bias)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_SEQUENCE_ARGUMENTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+)
+_LIB.define(
+    f"selective_scan({_SEQUENCE_ARGUMENTS}, bool return_last_state) -> (Tensor y, Tensor last_state, Tensor states)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIB.define(
+    f"selective_scan_backward(Tensor dy, Tensor states, {_SEQUENCE_ARGUMENTS}) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, "
+    "Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 _PATH_ARGUMENTS = "str[] paths, SymInt height, SymInt width, SymInt? token_at"
 _LIB.define(f"cross_scan(Tensor x, {_PATH_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _LIB.define(f"cross_merge(Tensor ys, {_PATH_ARGUMENTS}, bool merge) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
@@ -160,6 +172,105 @@ torch.library.register_fake("visionssm::cross_selective_scan", _scan_fake, lib=_
 torch.library.register_fake("visionssm::cross_selective_scan_backward", _scan_backward_fake, lib=_LIB)
 torch.library.register_autograd("visionssm::cross_selective_scan", _scan_autograd, setup_context=_scan_setup_context, lib=_LIB)
 torch.library.register_autograd("visionssm::cross_selective_scan_backward", _no_double_backward, lib=_LIB)
+
+
+# --- the scan in mamba's layout, on Triton alone: there the detour over the packed operator would cost more than the scan -----------
+
+
+def _sequence(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `selective_scan` in api.py; B and C are (batch, groups, state, length) here. y is a view of a channels-last map."""
+    with _no_autocast(u):
+        return _backend("triton").sequence_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+
+
+def _sequence_fake(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    return_last_state: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, dim, length = u.shape
+    groups, state = B.shape[1], A.shape[1]
+    last_state = u.new_empty((batch, dim, state) if return_last_state else (0,), dtype=torch.float32)
+    states = _backend("triton").states_shape(batch, groups, length, dim // groups, state)
+    return u.new_empty(batch, length, dim).mT, last_state, u.new_empty(states, dtype=torch.float32)
+
+
+def _sequence_backward(
+    dy: Tensor,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
+    with _no_autocast(u):
+        return _backend("triton").sequence_backward(dy, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def _sequence_backward_fake(
+    dy: Tensor,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
+    batch, dim, length = u.shape
+    du, ddelta, dz = (u.new_empty(0) if t is None else t.new_empty(batch, length, dim).mT for t in (u, delta, z))
+    dA, dB, dC, dD, dbias = (u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (A, B, C, D, delta_bias))
+    return du, ddelta, dA, dB, dC, dD, dz, dbias
+
+
+def _sequence_setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
+    ctx.softplus = inputs[8]
+    ctx.save_for_backward(*inputs[:8], output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _sequence_autograd(ctx: object, dy: Tensor | None, *_: None) -> tuple:
+    *tensors, states = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 10
+    grads = torch.ops.visionssm.selective_scan_backward(dy, states, *tensors, ctx.softplus)
+    return (*(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:8], strict=True)), None, None)
+
+
+for _name, _impl, _fake, _autograd, _setup in (
+    ("selective_scan", _sequence, _sequence_fake, _sequence_autograd, _sequence_setup_context),
+    ("selective_scan_backward", _sequence_backward, _sequence_backward_fake, _no_double_backward, None),
+):
+    torch.library.impl(f"visionssm::{_name}", "CompositeExplicitAutograd", lib=_LIB)(_impl)
+    torch.library.register_fake(f"visionssm::{_name}", _fake, lib=_LIB)
+    torch.library.register_autograd(f"visionssm::{_name}", _autograd, setup_context=_setup, lib=_LIB)
 
 
 # --- moving between image order and path order -------------------------------------------------------------------------

@@ -6,14 +6,14 @@ import triton.language as tl
 
 from .common import (
     LOG2E,
-    expand_step,
     fetch,
+    full_step,
+    load_weight,
     path_code,
     path_length,
     scan_gradients,
     scan_states_decayed,
     softplus,
-    split_weight,
     tile_places,
 )
 
@@ -25,7 +25,7 @@ def scan_backward_kernel(
     height, width, channels, tiles, tiles_per_split, splits,
     dy_b, dy_k, dy_p, dy_c, x_b, x_k, x_p, x_c, dt_b, dt_k, dt_p, dt_c, b_b, b_k, b_p, b_n, c_b, c_k, c_p, c_n,
     z_b, z_k, z_p, z_c, dx_b, dx_k, dx_p, dx_c, sums_part, ddt_b, ddt_k, ddt_p, ddt_c, db_block, db_b, db_k, db_p, db_n,
-    PATHS: tl.constexpr, WINDOWS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
+    PATHS: tl.constexpr, WINDOWS: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     RANK: tl.constexpr, PACKED: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT_DOT: tl.constexpr,
     SUMMARY: tl.constexpr, WIDE: tl.constexpr,
@@ -94,12 +94,12 @@ def scan_backward_kernel(
     bias = tl.zeros([BC], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + kc, mask=real, other=0.0).to(tl.float32)
-    r = tl.arange(0, BR)
+    r = tl.arange(0, 16)
+    channels_r = kc[None, :] * R
     if R > 0:
-        weight_ptr += kc[None, :] * R + r[:, None]
-        weight_mask = (r[:, None] < R) & real[None, :]
-        if BR <= 16:  # else it would fill the registers: read again for every tile, from the L1 cache
-            high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
+        high, low = load_weight(weight_ptr, r, real, channels_r, 0, R)
+    else:
+        high, low = zero, zero
     dD = tl.zeros([BC], tl.float32)
     dbias = tl.zeros([BC], tl.float32)
     total = tl.zeros([BC], tl.float32)
@@ -117,13 +117,7 @@ def scan_backward_kernel(
         here = on_map[:, None] & real[None, :]
         x = x.to(tl.float32)
         dy = dy.to(tl.float32)
-        dt = dt.to(tl.float32)
-        if R > 0:
-            if BR > 16:
-                high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
-            v = expand_step(dt, high, low, bias, SPLIT_DOT)
-        else:
-            v = dt + bias[None, :]
+        v = full_step(dt, high, low, bias, weight_ptr, r, real, channels_r, SPLIT_DOT, R, BT, BC)
         if SOFTPLUS:
             delta, u = softplus(v)
         else:

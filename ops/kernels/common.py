@@ -63,12 +63,15 @@ def tile_places(tile, end, i, kind, flip, length, height, width, WINDOWS: tl.con
 def fetch(
     p, inside, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N: tl.constexpr, R: tl.constexpr
 ):
-    """Start reading a tile: x, dt, and B and C if N = 1, unconverted, so that the reads go on while another tile is computed."""
+    """Start reading a tile: x, dt (low-rank in pieces of 16), and B and C if N = 1, unconverted, so that the reads go on while another tile is computed."""
     inside = inside != 0
     here = inside[:, None] & real[None, :]
     x = tl.load(x_ptr + p[:, None] * x_p, mask=here, other=0.0)
     if R > 0:
-        dt = tl.load(dt_ptr + p[:, None] * dt_p + r[None, :] * dt_c, mask=inside[:, None] & (r[None, :] < R), other=0.0)
+        dt = ()
+        for j in tl.static_range((R + 15) // 16):
+            rank = 16 * j + r[None, :]
+            dt = dt + (tl.load(dt_ptr + p[:, None] * dt_p + rank * dt_c, mask=inside[:, None] & (rank < R), other=0.0),)
     else:
         dt = tl.load(dt_ptr + p[:, None] * dt_p + c[None, :] * dt_c, mask=here, other=0.0)
     if N == 1:
@@ -172,10 +175,32 @@ def split_weight(weight):
 
 
 @triton.jit
-def expand_step(dt, high, low, bias, SPLIT: tl.constexpr):
-    """Product dt [BT, R] @ weight [R, BC] + bias [BC] to float32 accuracy: on tensor cores if dt is 16-bit, else as plain FMAs."""
-    v = tl.zeros([dt.shape[0], high.shape[1]], tl.float32) + bias[None, :]
+def load_weight(weight_ptr, r, real, channels_r, j: tl.constexpr, R: tl.constexpr):
+    """Ranks 16 j to 16 j + 15 of the step's weight, as two tf32 parts [16, BC]."""
+    rank = 16 * j + r[:, None]
+    return split_weight(tl.load(weight_ptr + channels_r + rank, mask=(rank < R) & real[None, :], other=0.0).to(tl.float32))
+
+
+@triton.jit
+def expand_step(dt, high, low, v, SPLIT: tl.constexpr):
+    """v + dt [BT, 16] @ weight [16, BC] to float32 accuracy: on tensor cores if dt is 16-bit, else as plain FMAs."""
+    dt = dt.to(tl.float32)
     if SPLIT:
         v = tl.dot(dt, low, v, input_precision="tf32")
-        return to_rows(tl.dot(dt, high, v, input_precision="tf32"))
-    return to_rows(tl.dot(dt, high + low, v, input_precision="ieee"))
+        return tl.dot(dt, high, v, input_precision="tf32")
+    return tl.dot(dt, high + low, v, input_precision="ieee")
+
+
+@triton.jit
+def full_step(
+    dt, high, low, bias, weight_ptr, r, real, channels_r, SPLIT: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
+    """The step before softplus [BT, BC]. A weight of more than 16 ranks would fill the registers: it is read again, from the L1 cache."""
+    if R == 0:
+        return dt.to(tl.float32) + bias[None, :]
+    v = tl.zeros([BT, BC], tl.float32) + bias[None, :]
+    for j in tl.static_range((R + 15) // 16):
+        if R > 16:
+            high, low = load_weight(weight_ptr, r, real, channels_r, j, R)
+        v = expand_step(dt[j], high, low, v, SPLIT)
+    return to_rows(v)

@@ -6,14 +6,14 @@ import triton.language as tl
 
 from .common import (
     LOG2E,
-    expand_step,
     fetch,
+    full_step,
+    load_weight,
     path_code,
     path_length,
     pick_row,
     scan_states,
     softplus,
-    split_weight,
     tile_places,
 )
 
@@ -25,7 +25,7 @@ def scan_forward_kernel(
     height, width, channels, tiles, tiles_per_split, splits,
     x_b, x_k, x_p, x_c, dt_b, dt_k, dt_p, dt_c, b_b, b_k, b_p, b_n, c_b, c_k, c_p, c_n,
     z_b, z_k, z_p, z_c, y_b, y_k, y_p, y_c,
-    PATHS: tl.constexpr, WINDOWS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, RANK: tl.constexpr, PACKED: tl.constexpr,
+    PATHS: tl.constexpr, WINDOWS: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PACKED: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SOFTPLUS: tl.constexpr, SPLIT_DOT: tl.constexpr,
     SUMMARY: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,8 @@ def scan_forward_kernel(
         slot = N * channels
         states_ptr += ((batch * K + k) * tiles + tile) * slot + c
 
-    h = tl.zeros([BC], tl.float32)
+    zero = tl.zeros([BC], tl.float32)
+    h = zero
     if SUMMARY or split == 0:
         n = 0
         while n < N:
@@ -87,12 +88,12 @@ def scan_forward_kernel(
     bias = tl.zeros([BC], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + kc, mask=real, other=0.0).to(tl.float32)
-    r = tl.arange(0, BR)
+    r = tl.arange(0, 16)
+    channels_r = kc[None, :] * R
     if R > 0:
-        weight_ptr += kc[None, :] * R + r[:, None]
-        weight_mask = (r[:, None] < R) & real[None, :]
-        if BR <= 16:  # else it would fill the registers: read again for every tile, from the L1 cache
-            high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
+        high, low = load_weight(weight_ptr, r, real, channels_r, 0, R)
+    else:
+        high, low = zero, zero
     total = tl.zeros([BC], tl.float32)
 
     # Two tiles ahead positions are computed, one tile ahead its operands are read.
@@ -104,12 +105,7 @@ def scan_forward_kernel(
         p2, exists2, inside2 = tile_places(tile + 2, end, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
         here = (inside != 0)[:, None] & real[None, :]
         x = x.to(tl.float32)
-        if R > 0:
-            if BR > 16:
-                high, low = split_weight(tl.load(weight_ptr, mask=weight_mask, other=0.0).to(tl.float32))
-            v = expand_step(dt.to(tl.float32), high, low, bias, SPLIT_DOT)
-        else:
-            v = dt.to(tl.float32) + bias[None, :]
+        v = full_step(dt, high, low, bias, weight_ptr, r, real, channels_r, SPLIT_DOT, R, BT, BC)
         if SOFTPLUS:
             v, _ = softplus(v)
         delta = v

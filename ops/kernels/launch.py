@@ -18,6 +18,9 @@ from .reduce import carry_kernel, sum_parts_kernel, transpose_kernel
 STEPS = 16
 """Positions in a tile; the states at tile boundaries are what the backward keeps."""
 
+MAX_STATES = 64
+"""State variables N that the kernels are tested for."""
+
 _BLOCK = 1024
 
 
@@ -76,11 +79,6 @@ def backward(
     sums = scan.backward(dy, states, dx.flatten(2, 3), None, ddt, dB, dC)
     torch.sum(parts, 0, out=dx_dbl[..., rank:]) if x_dbl.dtype == torch.float32 else dx_dbl[..., rank:].copy_(parts.sum(0))
     return (_sum_parts(dx, x.dtype).unsqueeze(1) if sum_paths else dx, dx_dbl, *sums)
-
-
-def sequence_states_shape(batch: int, groups: int, length: int, channels: int, state: int) -> tuple[int, ...]:
-    """Shape of what `sequence_forward` keeps for `sequence_backward`; `channels` of each group."""
-    return states_shape(batch, groups, length, channels, state)
 
 
 def sequence_forward(
@@ -230,6 +228,8 @@ class _Scan:
 
     def _common(self, tiles: int, block: int) -> tuple[dict[str, object], int]:
         """The arguments that both kernels take, and the number of programs."""
+        if self.n > MAX_STATES:
+            raise ValueError(f"A: has {self.n} state variables, the Triton kernels take up to {MAX_STATES}; use backend='chunked'")
         height, width = self.size
         batch = self.x.shape[0]
         programs = triton.cdiv(self.channels, block) * self.k * batch
@@ -242,7 +242,7 @@ class _Scan:
             "height": height, "width": width, "channels": self.channels, "tiles": tiles, "tiles_per_split": per_split,
             "splits": splits,
             "PATHS": self._codes(), "WINDOWS": any(parse_path(name).window for name in self.paths), "N": self.n,
-            "R": 0 if self.weight is None else self.rank, "BR": max(16, triton.next_power_of_2(self.rank)),
+            "R": 0 if self.weight is None else self.rank,
             "RANK": self.rank, "PACKED": self.packed,
             "HAS_D": self.D is not None, "HAS_BIAS": self.bias is not None, "HAS_Z": self.z is not None,
             "SOFTPLUS": self.softplus, "SPLIT_DOT": self.dt.element_size() == 2,
@@ -270,7 +270,7 @@ class _Scan:
             scan_forward_kernel[(programs,)](
                 **arguments, states_ptr=states, last_ptr=last_state, total_ptr=states, SUMMARY=False, LAST=return_last_state
             )
-        return states, last_state.transpose(2, 3) if return_last_state else last_state
+        return states, last_state.transpose(2, 3).contiguous() if return_last_state else last_state
 
     def backward(
         self, dy: Tensor, states: Tensor, dx: Tensor, dz: Tensor | None, ddt: Tensor, dB: Tensor, dC: Tensor
@@ -304,7 +304,7 @@ class _Scan:
         dweight = None if self.weight is None else self._through_projection(dv, ddt)
         shapes = ((k, channels, n), (k, channels), (k, channels, self.rank), (k, channels))
         return tuple(
-            x.new_empty(0) if t is None else g.reshape(shape).to(t.dtype, memory_format=torch.contiguous_format)
+            x.new_empty(0) if t is None else g.reshape(shape).contiguous().to(t.dtype)
             for t, g, shape in zip((self.A, self.D, self.weight, self.bias), (dA, dD, dweight, dbias), shapes, strict=True)
         )
 
