@@ -349,7 +349,7 @@ def test_features_only_with_grad_checkpointing(name, kwargs):
     gradients = []
     for enable in (False, True):
         model = nano(name, kwargs, features_only=True).train()
-        model.set_grad_checkpointing(enable)
+        model.model.set_grad_checkpointing(enable)  # of the model inside the extractor
         torch.manual_seed(2)
         sum(f.square().mean() for f in model(image(model))).backward()
         gradients.append(grads(model))

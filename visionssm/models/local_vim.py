@@ -34,6 +34,7 @@ from visionssm.layers.local_mixer import BiAttn, check_layer_paths
 from visionssm.layers.patch_embed import check_image
 from visionssm.layers.pos_embed import insert_token, resample_tokens, take_token
 from visionssm.layers.ssm_init import A_from_log, init_A_log_
+from visionssm.models._checkpoint import unwrap
 from visionssm.ops import ScanPaths, cross_merge, cross_scan, cross_selective_scan
 
 __all__ = ["LocalVim"]
@@ -532,13 +533,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: rotary tables in the checkpoint that are not the model's.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {re.sub(r"^(module\.)+", "", k): v for k, v in state_dict.items()}
-    dense = any(k.startswith(("backbone.", "outnorm_")) for k in state_dict)
-    if any(k.startswith("backbone.") for k in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict)
+    dense = any(k.startswith("outnorm_") for k in state_dict)
 
     out, directions = {}, {}
     for key, value in state_dict.items():

@@ -155,7 +155,11 @@ def _create_local_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) 
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
+        feature_cfg={
+            "out_indices": out_indices,
+            "flatten_sequential": True,
+            "feature_cls": "getter",
+        },  # maps as (batch, C, H, W), as detectors expect them
         **kwargs,
     )
 

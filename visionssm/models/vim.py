@@ -31,6 +31,7 @@ from torch import Tensor
 from visionssm.layers.patch_embed import check_image
 from visionssm.layers.pos_embed import insert_token, resample_tokens, take_token
 from visionssm.layers.vim_mixer import VimMixer
+from visionssm.models._checkpoint import unwrap
 
 __all__ = ["VisionMamba"]
 
@@ -324,7 +325,8 @@ class VisionMamba(nn.Module):
         if not self.global_pool:
             return x
         if self.global_pool == "token":
-            return x[:, (x.shape[1] - 1) // 2]
+            middle = (x.shape[1] - 1) // 2
+            return x[:, middle : middle + 1].squeeze(1)  # an integer index would tie a compiled graph to one length
         return global_pool_nlc(take_token(x)[0], self.global_pool, num_prefix_tokens=0)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -368,12 +370,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: a layout that no model here has (rotary positions, no middle class token), an incomplete branch.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict)
     if any(k.startswith("rope.") for k in state_dict):
         raise ValueError(
             "state_dict: has rotary position tables (rope.*): a Vim of January 2024, class token first and positions rotated in "

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from visionssm.layers.patch_embed import ConvDownsample, ConvStem, PatchStem
 from visionssm.layers.ss2d import SS2D
+from visionssm.models._checkpoint import unwrap
 from visionssm.ops import CROSS
 
 __all__ = ["VMamba"]
@@ -368,12 +369,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         A state dict for `model.load_state_dict(..., strict=True)`.
     """
-    for container in ("model", "state_dict"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(k.startswith("backbone.") for k in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    state_dict = unwrap(state_dict)
     if not any(k.startswith(("layers.0.downsample.", "patch_embed.0.")) for k in state_dict):
         return state_dict
 
@@ -440,7 +436,11 @@ def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMa
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "flatten_sequential": True},
+        feature_cfg={
+            "out_indices": out_indices,
+            "flatten_sequential": True,
+            "feature_cls": "getter",
+        },  # maps as (batch, C, H, W), as detectors expect them
         **kwargs,
     )
 
