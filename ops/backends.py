@@ -37,18 +37,20 @@ def can_run_triton(x: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _device_refusal(kind: str, index: int | None) -> str | None:
-    """Why Triton cannot serve a device, or None. Under TRITON_INTERPRET=1 it serves the CPU instead, by interpreting the kernels."""
+    """Why Triton cannot serve a device, or None. Under TRITON_INTERPRET=1 it serves the CPU instead: it interprets the kernels."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y"):
         return None if kind == "cpu" else f"TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors, not {kind}"
     if kind != "cuda":
-        return f"it is on the device {kind!r}, and the Triton kernels need a CUDA GPU (or TRITON_INTERPRET=1 on a CPU)"
+        return f"the Triton kernels need a CUDA GPU (or TRITON_INTERPRET=1 on a CPU), and this is {kind!r}"
     if torch.version.hip is not None:
         return "the Triton kernels are not tested on ROCm"
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
-        return f"the Triton kernels need compute capability 8.0 or more, and {torch.cuda.get_device_name(index)} has {major}.{minor}"
+        return (
+            f"the Triton kernels need compute capability 8.0 or more, and {torch.cuda.get_device_name(index)} has {major}.{minor}"
+        )
     return None
 
 

@@ -174,7 +174,7 @@ torch.library.register_autograd("visionssm::cross_selective_scan", _scan_autogra
 torch.library.register_autograd("visionssm::cross_selective_scan_backward", _no_double_backward, lib=_LIB)
 
 
-# --- the scan in mamba's layout, on Triton alone: there the detour over the packed operator would cost more than the scan -----------
+# --- the scan in mamba's layout, on Triton alone: there the packed operator's copies would cost more than the scan ---------------
 
 
 def _sequence(

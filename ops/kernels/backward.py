@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, E501  (Triton reads annotations as its own)
+# ruff: noqa: ANN001, ANN201  (Triton reads annotations as its own)
 """The backward scan kernel: recomputes the states of a tile from the one saved at its start, then walks the tiles back."""
 
 import triton
@@ -33,9 +33,10 @@ def scan_backward_kernel(
 ):  # fmt: skip
     """One program walks one path of one image backwards, for BC channels, from its last tile to its first.
 
-    With g = dL/dh: g[t] = C[t] dy[t] + a[t+1] g[t+1]. `ddt` receives the gradient of the full step before softplus (of a low-rank step
-    projection.py finishes it). Sums over channels (dB, dC) are written per channel block, sums over positions (dA, dD, dbias) per image
-    and split; the launcher adds them up in a fixed order. With SUMMARY nothing but what each split hands to the one before it.
+    With g = dL/dh: g[t] = C[t] dy[t] + a[t+1] g[t+1]. `ddt` receives the gradient of the full step before
+    softplus (projection.py takes it through a low-rank step). Sums over channels (dB, dC) are written per channel block, sums over
+    positions (dA, dD, dbias) per image and split; the launcher adds them up in a fixed order. With SUMMARY nothing is written but
+    what each split hands to the one before it.
     """
     K: tl.constexpr = len(PATHS)
     blocks = (channels + BC - 1) // BC
@@ -123,9 +124,7 @@ def scan_backward_kernel(
         else:
             delta = v
         if HAS_Z:
-            z = tl.load(z_ptr + batch * z_b + k * z_k + p[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(
-                tl.float32
-            )
+            z = tl.load(z_ptr + batch * z_b + k * z_k + p[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(tl.float32)
             gate = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
             dout = dy
             dy = dout * z * gate

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, E501  (Triton reads annotations as its own)
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005  (Triton reads annotations as its own)
 """Device functions that the scan kernels share: where a path goes, the step delta, the recurrence on a tile.
 
 A tile is `[BT steps, BC channels]` with the steps inside a thread and the channels across lanes, so that a scan along the steps is
@@ -60,10 +60,11 @@ def tile_places(tile, end, i, kind, flip, length, height, width, WINDOWS: tl.con
 
 
 @triton.jit
-def fetch(
-    p, inside, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N: tl.constexpr, R: tl.constexpr
-):
-    """Start reading a tile: x, dt (low-rank in pieces of 16), and B and C if N = 1, unconverted, so that the reads go on while another tile is computed."""
+def fetch(p, inside, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N: tl.constexpr, R: tl.constexpr):
+    """Start reading a tile: x, dt (low-rank in pieces of 16), and B and C if N = 1.
+
+    Nothing is converted here, so that the reads go on while another tile is computed.
+    """
     inside = inside != 0
     here = inside[:, None] & real[None, :]
     x = tl.load(x_ptr + p[:, None] * x_p, mask=here, other=0.0)
@@ -183,7 +184,7 @@ def load_weight(weight_ptr, r, real, channels_r, j: tl.constexpr, R: tl.constexp
 
 @triton.jit
 def expand_step(dt, high, low, v, SPLIT: tl.constexpr):
-    """v + dt [BT, 16] @ weight [16, BC] to float32 accuracy: on tensor cores if dt is 16-bit, else as plain FMAs."""
+    """Sum v + dt [BT, 16] @ weight [16, BC] to float32 accuracy: on tensor cores if dt is 16-bit, else as plain FMAs."""
     dt = dt.to(tl.float32)
     if SPLIT:
         v = tl.dot(dt, low, v, input_precision="tf32")
@@ -195,7 +196,7 @@ def expand_step(dt, high, low, v, SPLIT: tl.constexpr):
 def full_step(
     dt, high, low, bias, weight_ptr, r, real, channels_r, SPLIT: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
 ):
-    """The step before softplus [BT, BC]. A weight of more than 16 ranks would fill the registers: it is read again, from the L1 cache."""
+    """The step before softplus [BT, BC]. A weight of over 16 ranks would fill the registers: it is read again, from L1."""
     if R == 0:
         return dt.to(tl.float32) + bias[None, :]
     v = tl.zeros([BT, BC], tl.float32) + bias[None, :]

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, E501  (Triton reads annotations as its own)
+# ruff: noqa: ANN001, ANN201, SIM102  (Triton reads annotations as its own)
 """The forward scan kernel."""
 
 import triton
@@ -142,7 +142,7 @@ def scan_forward_kernel(
             if SUMMARY or tile + 1 < end:
                 tl.store(states_ptr + slot + n * channels, h, mask=real)
             elif LAST:
-                if end == tiles:  # noqa: SIM102  (LAST is decided by the compiler, this one at run time)
+                if end == tiles:
                     tl.store(last_ptr + n * channels, h, mask=real)
             if N > 1:
                 A, h, B, C = next_A, next_h, next_B, next_C

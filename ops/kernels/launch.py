@@ -180,7 +180,7 @@ class _Scan:
         delta_bias: Tensor | None,
         softplus: bool,
     ) -> _Scan:
-        """From the operands of `selective_scan`, u, delta and z channels-last, B and C with groups: a group is a path over a 1 x L map."""
+        """From the operands of `selective_scan`, u, delta and z channels-last; a group of B and C is a path over a 1 x L map."""
         groups = B.shape[1]
         maps = (_grouped(m, groups) for m in (u, delta))
         A = A.unflatten(0, (groups, -1)).transpose(1, 2).contiguous()
@@ -357,7 +357,7 @@ def _grouped(m: Tensor, groups: int) -> Tensor:
 
 
 def _channels_last(*maps: Tensor | None) -> list[Tensor | None]:
-    """(batch, dim, length) each -> (batch, length, dim) with adjacent channels: views where they are so, copies by one kernel else."""
+    """(batch, dim, length) each -> (batch, length, dim), channels adjacent: a view where they are, else copies by one kernel."""
     copied = [m for m in maps if m is not None and m.stride(1) != 1]
     transposed: list[Tensor] = []
     if copied:

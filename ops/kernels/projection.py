@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, E501  (Triton reads annotations as its own)
+# ruff: noqa: ANN001, ANN201, ANN202  (Triton reads annotations as its own)
 """Gradients of a low-rank step, from those of the full step: two small matrix products over what the scan kernel wrote."""
 
 import triton
@@ -75,7 +75,24 @@ def weight_gradient_kernel(
     )
     while block < blocks * batch:
         next_dv, next_dt = _block_of(
-            block + chunks, blocks * batch, blocks, k, c, r, real, dv_ptr, dt_ptr, positions, channels, dt_b, dt_k, dt_p, dt_c, K, R, BP
+            block + chunks,
+            blocks * batch,
+            blocks,
+            k,
+            c,
+            r,
+            real,
+            dv_ptr,
+            dt_ptr,
+            positions,
+            channels,
+            dt_b,
+            dt_k,
+            dt_p,
+            dt_c,
+            K,
+            R,
+            BP,
         )
         dt = dt.to(tl.float32)
         if SPLIT:
@@ -92,7 +109,8 @@ def weight_gradient_kernel(
 
 @triton.jit
 def projection_gradients_kernel(
-    dv_ptr, dt_ptr, weight_ptr, ddt_ptr, parts_ptr, batch, positions, channels, chunks, dt_b, dt_k, dt_p, dt_c, ddt_b, ddt_k, ddt_p, ddt_c,
+    dv_ptr, dt_ptr, weight_ptr, ddt_ptr, parts_ptr, batch, positions, channels, chunks,
+    dt_b, dt_k, dt_p, dt_c, ddt_b, ddt_k, ddt_p, ddt_c,
     K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SPLIT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Both of the above in one reading of dv, where BC >= C and rank fit the registers."""
@@ -112,7 +130,24 @@ def projection_gradients_kernel(
     )
     while block < blocks * batch:
         next_dv, next_dt = _block_of(
-            block + chunks, blocks * batch, blocks, k, c, r, real, dv_ptr, dt_ptr, positions, channels, dt_b, dt_k, dt_p, dt_c, K, R, BP
+            block + chunks,
+            blocks * batch,
+            blocks,
+            k,
+            c,
+            r,
+            real,
+            dv_ptr,
+            dt_ptr,
+            positions,
+            channels,
+            dt_b,
+            dt_k,
+            dt_p,
+            dt_c,
+            K,
+            R,
+            BP,
         )
         dt = dt.to(tl.float32)
         if SPLIT:

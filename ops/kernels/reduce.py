@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, E501  (Triton reads annotations as its own)
+# ruff: noqa: ANN001, ANN201  (Triton reads annotations as its own)
 """The kernels around the scan: sums of parts in a fixed order, the states carried from split to split, transposition."""
 
 import triton
@@ -31,8 +31,8 @@ def carry_kernel(
 ):  # fmt: skip
     """What enters every split but the first, from each split's own end (from zero) and its sum of delta.
 
-    Elements are (batch * K, N, C); `end` is (batch * K, splits, N, C), `total` (batch * K, splits, C); the state before split j goes
-    to `carry` at j * stride_split. With REVERSE: the gradient that comes back into every split but the last.
+    Elements are (batch * K, N, C); `end` is (batch * K, splits, N, C), `total` (batch * K, splits, C); the state before split j
+    goes to `carry` at j * stride_split. With REVERSE: the gradient that comes back into every split but the last.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count

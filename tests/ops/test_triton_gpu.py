@@ -1,0 +1,97 @@
+"""The Triton backend on a GPU: tracing, CUDA graphs, maps of more than 2^31 elements, several devices."""
+
+import pytest
+import torch
+
+from visionssm.ops import CROSS, cross_selective_scan_packed, selective_scan
+from visionssm.ops.testing import cross_selective_scan_inputs, pack, selective_scan_inputs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def leaves_of(inputs):
+    return {name: t.requires_grad_() for name, t in inputs.items() if t is not None}
+
+
+def map_inputs(**options):
+    return leaves_of(pack(cross_selective_scan_inputs(2, (5, 6), 24, 1, CROSS, 3, dtype=torch.float32, device="cuda", **options)))
+
+
+def test_opcheck_of_the_map():
+    t = map_inputs()
+    arguments = (t["x"].unsqueeze(1), t["x_dbl"], t["A"], t["D"], t["dt_weight"], t["dt_bias"], list(CROSS), True, True, True)
+    torch.library.opcheck(torch.ops.visionssm.cross_selective_scan.default, (*arguments, "triton"))
+
+
+def test_opcheck_of_the_sequence():
+    t = leaves_of(selective_scan_inputs(2, 8, 37, 3, 2, dtype=torch.float32, device="cuda"))
+    arguments = tuple(t[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
+    torch.library.opcheck(torch.ops.visionssm.selective_scan.default, (*arguments, True, True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_forward_and_backward(dynamic):
+    def run(x, x_dbl, A, D, dt_weight, dt_bias):
+        return cross_selective_scan_packed(x, x_dbl, A, D, paths=CROSS, dt_weight=dt_weight, dt_bias=dt_bias) * 2
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic)
+    t = map_inputs()
+    for f in (run, compiled):
+        y = f(**t)
+        grads = torch.autograd.grad(y.square().sum(), tuple(t.values()))
+        if f is run:
+            expected = (y, *grads)
+    for actual, value in zip((y, *grads), expected, strict=True):
+        torch.testing.assert_close(actual, value)
+
+
+def test_cuda_graph():
+    t = map_inputs()
+    with torch.no_grad():
+        expected = cross_selective_scan_packed(**t, paths=CROSS)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = cross_selective_scan_packed(**t, paths=CROSS)
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_more_elements_than_32_bits_in_a_batch():
+    """720 x 178 x 178 x 96 elements: the last image alone gives the same bits."""
+    t = pack(cross_selective_scan_inputs(1, (1, 1), 96, 1, ("v",), 2, dtype=torch.bfloat16, device="cuda"))
+    t["x"] = torch.randn(720, 178, 178, 96, device="cuda", dtype=torch.bfloat16)
+    t["x_dbl"] = torch.randn(720, 178, 178, 1, 4, device="cuda", dtype=torch.bfloat16)
+    assert t["x"].numel() > 2**31
+    y = cross_selective_scan_packed(**t, paths=("v",))
+    one = cross_selective_scan_packed(**{k: m[-8:] if k in ("x", "x_dbl") else m for k, m in t.items()}, paths=("v",))
+    torch.testing.assert_close(y[-8:], one, rtol=1e-2, atol=1e-2)  # another number of splits rounds otherwise
+
+
+def test_more_elements_than_32_bits_in_an_image():
+    """257 x 256 x 32768 elements in one image: the last channels alone give the same result."""
+    channels = 32768
+    t = pack(cross_selective_scan_inputs(1, (1, 1), channels, 1, ("v",), 1, dtype=torch.bfloat16, device="cuda"))
+    t["x"] = torch.randn(1, 257, 256, channels, device="cuda", dtype=torch.bfloat16)
+    t["x_dbl"] = torch.randn(1, 257, 256, 1, 3, device="cuda", dtype=torch.bfloat16)
+    assert t["x"].numel() > 2**31
+    y = cross_selective_scan_packed(**t, paths=("v",))
+    last = {k: m if k == "x_dbl" else m[..., -64:] if k == "x" else m[:, -64:] for k, m in t.items()}
+    expected = cross_selective_scan_packed(**last, paths=("v",))
+    torch.testing.assert_close(y[..., -64:], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_sequence_of_a_batch_that_fills_the_device_and_of_one_that_does_not():
+    """The number of splits depends on the batch; the result does not."""
+    t = selective_scan_inputs(64, 64, 700, 16, dtype=torch.float32, device="cuda")
+    y = selective_scan(**t, delta_softplus=True)
+    one = {k: m[:1] if k in ("u", "delta", "B", "C", "z") else m for k, m in t.items()}
+    torch.testing.assert_close(y[:1], selective_scan(**one, delta_softplus=True), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_tensor_on_another_device():
+    t = map_inputs()
+    expected = cross_selective_scan_packed(**t, paths=CROSS)
+    other = cross_selective_scan_packed(**{name: m.detach().to("cuda:1") for name, m in t.items()}, paths=CROSS)
+    assert torch.equal(other.cpu(), expected.cpu())

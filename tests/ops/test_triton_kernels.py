@@ -1,0 +1,193 @@
+"""The Triton kernels against the reference in float64: on a GPU, or on a CPU under Triton's interpreter (TRITON_INTERPRET=1).
+
+test_triton.py runs this file in an interpreting process of its own. Shapes are small and odd: interpreted programs are slow.
+"""
+
+import os
+
+import pytest
+import torch
+
+from visionssm.ops import (
+    CROSS,
+    ScanPaths,
+    cross_selective_scan,
+    cross_selective_scan_packed,
+    cross_selective_scan_ref,
+    selective_scan,
+    selective_scan_ref,
+)
+from visionssm.ops.testing import (
+    assert_within_budget,
+    cross_selective_scan_inputs,
+    outputs_and_gradients,
+    pack,
+    selective_scan_inputs,
+    to_float64,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = (
+    [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every tensor the launcher allocates starts as NaN, so that an element nothing writes cannot pass."""
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import launch
+
+    def fill(make):
+        def made(*args, **kwargs):
+            return make(*args, **kwargs).fill_(float("nan"))
+
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", fill(torch.Tensor.new_empty))
+    monkeypatch.setattr(launch.torch, "empty_like", fill(torch.empty_like))
+
+
+@pytest.fixture
+def splits(monkeypatch):
+    """Set the number of tiles in a split, which otherwise depends on the device."""
+    from visionssm.ops.kernels import launch
+
+    def choose(tiles_per_split):
+        monkeypatch.setattr(launch._Scan, "_splits", lambda self, programs, tiles: (-(-tiles // tiles_per_split), tiles_per_split))
+
+    return choose
+
+
+def check(op, reference, inputs):
+    low, high = outputs_and_gradients(reference, inputs), outputs_and_gradients(reference, to_float64(inputs))
+    actual = outputs_and_gradients(op, inputs)
+    assert actual.keys() == high.keys()
+    for name in high:
+        assert_within_budget(actual[name], low[name], high[name], name)
+
+
+def check_cross(size, paths, *, merge=True, op=cross_selective_scan, **options):
+    inputs = cross_selective_scan_inputs(size=size, paths=paths, device=DEVICE, **options)
+    check(
+        lambda **tensors: op(**tensors, paths=paths, merge=merge, backend="triton"),
+        lambda **tensors: cross_selective_scan_ref(**tensors, paths=ScanPaths(paths, size), merge=merge),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "paths", "options"),
+    [
+        ((3, 5), CROSS, {"dtype": BF16, "rank": 3}),
+        ((1, 19), ("h", "h_flip"), {"dtype": F32, "shared": False}),
+        ((5, 4), ("v_flip",), {"dtype": F16, "channels": 35, "batch": 1}),
+        ((5, 3), ("w2", "w2_flip"), {"dtype": F32, "batch": 1}),
+        ((4, 5), ("w7", "v"), {"dtype": BF16, "batch": 1, "rank": 17}),
+        ((17, 1), ("v", "h"), {"dtype": F32, "D": False, "dt_bias": False, "state": 1, "batch": 1}),
+        ((3, 6), ("h",), {"dtype": F32, "rank": None, "state": 3, "batch": 1}),
+        ((1, 1), ("v", "h_flip"), {"dtype": F32, "state": 1, "batch": 1}),
+        ((2, 5), ("v",), {"dtype": F16, "state": 16, "batch": 1, "channels": 70}),
+    ],
+    ids=str,
+)
+def test_map(size, paths, options):
+    check_cross(size, paths, **{"state": 1, "channels": 24, **options})
+
+
+def test_unmerged():
+    check_cross((3, 5), ("h_flip", "w2"), merge=False, dtype=F32, state=1, batch=1, channels=24)
+
+
+@pytest.mark.parametrize("state", [1, 2])
+def test_split_paths(splits, state):
+    splits(1)
+    check_cross((5, 9), ("v", "h_flip"), dtype=F32, state=state, batch=1, channels=24)
+
+
+@pytest.mark.parametrize(
+    ("options", "softplus"),
+    [
+        ({"dtype": F32, "state": 3, "groups": 1}, True),
+        ({"dtype": BF16, "state": 1, "groups": 2, "z": False}, True),
+        ({"dtype": F16, "state": 2, "D": False, "delta_bias": False, "step_range": (1e-3, 0.1)}, True),
+        ({"dtype": F32, "state": 2, "z": False}, True),
+    ],
+    ids=str,
+)
+def test_sequence(options, softplus):
+    inputs = selective_scan_inputs(batch=1, dim=24, length=21, device=DEVICE, **options)
+    check(
+        lambda **tensors: selective_scan(**tensors, delta_softplus=softplus, backend="triton"),
+        lambda **tensors: selective_scan_ref(**tensors, delta_softplus=softplus),
+        inputs,
+    )
+
+
+def test_sequence_split(splits):
+    splits(1)
+    inputs = selective_scan_inputs(batch=1, dim=24, length=40, state=2, device=DEVICE, dtype=F32)
+    check(
+        lambda **tensors: selective_scan(**tensors, delta_softplus=True, backend="triton"),
+        lambda **tensors: selective_scan_ref(**tensors, delta_softplus=True),
+        inputs,
+    )
+
+
+def test_last_state():
+    inputs = selective_scan_inputs(batch=2, dim=4, length=21, state=3, device=DEVICE, dtype=F32)
+    _, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend="triton")
+    _, expected = selective_scan_ref(**to_float64(inputs), delta_softplus=True, return_last_state=True)
+    torch.testing.assert_close(state.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_projection_with_strides():
+    """x is a slice of a wider map, the projection of a wider one: no copy, same result."""
+    inputs = pack(cross_selective_scan_inputs(1, (3, 4), 4, 1, CROSS, 2, device=DEVICE, dtype=F32))
+    options = {"paths": CROSS, "backend": "triton"}
+    expected = cross_selective_scan_packed(**inputs, **options)
+    for name in ("x", "x_dbl"):
+        inputs[name] = torch.cat([inputs[name], inputs[name]], dim=-1)[..., : inputs[name].shape[-1]]
+        assert not inputs[name].is_contiguous()
+    assert torch.equal(cross_selective_scan_packed(**inputs, **options), expected)
+
+
+def test_maps_without_a_common_position_stride():
+    """A cropped map has no single stride from position to position."""
+    inputs = pack(cross_selective_scan_inputs(1, (5, 6), 4, 1, ("v",), 2, device=DEVICE, dtype=F32))
+    cropped = {name: m[:, :3, :4] if name in ("x", "x_dbl") else m for name, m in inputs.items()}
+    copied = {name: None if m is None else m.contiguous() for name, m in cropped.items()}
+    options = {"paths": ("v",), "backend": "triton"}
+    assert torch.equal(cross_selective_scan_packed(**cropped, **options), cross_selective_scan_packed(**copied, **options))
+
+
+def test_float16_parts_do_not_overflow():
+    """Two paths whose outputs leave float16's range one by one and cancel in the sum."""
+    inputs = cross_selective_scan_inputs(1, (1, 3), 2, 1, ("h", "h_flip"), 1, device=DEVICE, dtype=F16)
+    inputs["D"] = torch.tensor([[6e4, 6e4], [-6e4, -6e4]], device=DEVICE)
+    inputs["x"] = torch.full_like(inputs["x"], 4.0)
+    y = cross_selective_scan(**inputs, paths=("h", "h_flip"), backend="triton")
+    expected = cross_selective_scan_ref(**to_float64(inputs), paths=ScanPaths(("h", "h_flip"), (1, 3)))
+    assert torch.isfinite(y).all()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=0.05)  # float32 cancellation at 2.4e5
+
+
+def test_bitwise_repeatable():
+    inputs = pack(cross_selective_scan_inputs(1, (4, 5), 4, 1, CROSS, 2, device=DEVICE, dtype=BF16))
+
+    def run():
+        return outputs_and_gradients(
+            lambda **tensors: cross_selective_scan_packed(**tensors, paths=CROSS, backend="triton"), inputs
+        )
+
+    first, second = run(), run()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_too_many_states():
+    inputs = cross_selective_scan_inputs(1, (1, 2), 2, 65, ("h",), 1, device=DEVICE, dtype=F32)
+    with pytest.raises(ValueError, match=r"65 state variables.*up to 64"):
+        cross_selective_scan(**inputs, paths=("h",), backend="triton")
