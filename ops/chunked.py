@@ -35,7 +35,8 @@ _CHUNK = 7  # preferred steps of a chunk: few enough for large operations, many 
 _LONGEST = 64  # steps of a chunk at most
 _PLAIN_SOFTPLUS = 40.0  # up to |z| of this log1p(exp(z)) neither overflows nor meets denormals, which cost 50 times as much
 _LOWEST_EXPONENT = -80.0  # a decay of less than exp of this is a denormal, or nothing, beside any state
-_KEPT = 32  # workspaces that a thread keeps
+_KEPT = 32  # workspaces that a thread keeps between calls (fresh memory costs as much as a pass over it)
+_KEPT_SIZE = 1 << 21  # elements of a workspace that is kept
 
 
 def states_shape(*sizes: int) -> tuple[int, ...]:
@@ -250,7 +251,7 @@ class _Call:
         """Upper bounds of |A| and of |dt_weight dt + dt_bias|, from the small factors; infinite where reading them would stall."""
         if dt.device.type != "cpu":
             return math.inf, math.inf
-        max_A = self.A.abs().amax().item()
+        max_A = _largest(self.A)
         if self.weight is None:
             return max_A, math.inf
         rows = self.weight.abs()
@@ -411,12 +412,12 @@ _LOCAL = threading.local()
 
 
 def _shelf(size: int, like: Tensor) -> _Shelf:
-    """The thread's own shelf for small workspaces on a CPU, else a new one for one call."""
-    if size > _GROUP or like.device.type != "cpu":
+    """The thread's own shelf on a CPU, grown to `size`; a new one for one call where it would hold too much, or elsewhere."""
+    if size > _KEPT_SIZE or like.device.type != "cpu":
         return _Shelf(size, like)
     shelves = _LOCAL.__dict__.setdefault("shelves", {})
-    if like.dtype not in shelves:
-        shelves[like.dtype] = _Shelf(_GROUP, like)
+    if like.dtype not in shelves or shelves[like.dtype].size < size:
+        shelves[like.dtype] = _Shelf(max(size, _GROUP), like)
     return shelves[like.dtype]
 
 
