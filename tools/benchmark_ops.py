@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -110,19 +110,21 @@ def print_ratios(rows: list[Row], peer: str) -> None:
             print(f"{' '.join(what)}: {provider} is {other / p50:.1f} times as fast as {peer}")
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """All rows of a run, one file."""
+def report(rows: Iterable[Row], path: Path) -> list[Row]:
+    """Print every row as it comes and add it to one file: a run that is cut short has reported what it measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    done = []
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)])
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def print_table(rows: list[Row]) -> None:
-    """The medians, one line each."""
-    for row in rows:
-        print(f"{row.case:24s} {row.shape:24s} {row.dtype:9s} {row.direction:8s} {row.provider:18s} {row.p50:9.4f} ms")
+        for row in rows:
+            print(
+                f"{row.case:8s} {row.shape:20s} {row.dtype:9s} {row.direction:8s} {row.provider:10s} {row.p50:9.4f} ms", flush=True
+            )
+            writer.writerow(asdict(row))
+            file.flush()
+            done.append(row)
+    return done
 
 
 CPU_SHAPES = {  # case: ((H, W), channels, states, rank, paths)
@@ -346,11 +348,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark_ops: --device cuda, but torch sees no CUDA device")
-    rows = list((cuda_rows if arguments.device == "cuda" else cpu_rows)(arguments.rows))
-    print_table(rows)
-    print_ratios(rows, peer="reference" if arguments.device == "cpu" else "pytorch")
     out = arguments.out or Path("benchmarks") / f"ops_{arguments.device}_{datetime.date.today().isoformat()}.csv"
-    write_csv(rows, out)
+    rows = report((cuda_rows if arguments.device == "cuda" else cpu_rows)(arguments.rows), out)
+    print_ratios(rows, peer="reference" if arguments.device == "cpu" else "pytorch")
     print(f"wrote {out}")
 
 
