@@ -300,7 +300,8 @@ def memory_of(call: Callable[[], object], forward: Callable[[], torch.Tensor]) -
 def cuda_rows(which: list[str]) -> Iterator[Row]:
     """Rows of a GPU run: forward, and forward with every gradient; GPU time from CUDA graphs, eager wall time beside it."""
     tests = Path(__file__).parents[1] / "tests" / "ops" / "test_triton_kernels.py"
-    parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+    # Side by side where pytest-xdist is; pytest-benchmark, which would warn of that, stays out.
+    parallel = ["-n", "12", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
     if subprocess.run([sys.executable, "-m", "pytest", "-q", *parallel, str(tests)], check=False).returncode:
         sys.exit("benchmark_ops: the tests of the kernels are red; no time is worth reporting")
     where = environment("cuda")
