@@ -87,7 +87,6 @@ def scan_backward_kernel(
     if N == 1:
         A = tl.load(A_ptr, mask=real, other=0.0).to(tl.float32)
         carry = tl.load(carry_ptr, mask=real, other=0.0)
-        h1 = zero if SUMMARY else tl.load(states_ptr, mask=real, other=0.0)
         dA = zero
     D = tl.zeros([BC], tl.float32)
     if HAS_D:
@@ -136,9 +135,7 @@ def scan_backward_kernel(
             gB = tl.zeros([BT, BC], tl.float32)
             ddelta = tl.zeros([BT, BC], tl.float32)
         if N == 1:
-            B, C, h0 = B1, C1, h1
-            if not SUMMARY:
-                h1 = tl.load(states_ptr - channels, mask=real & (tile > first), other=0.0)
+            B, C = B1, C1
         else:
             A = tl.load(A_ptr, mask=real, other=0.0).to(tl.float32)
             carry = tl.load(carry_ptr, mask=real, other=0.0)
@@ -165,6 +162,8 @@ def scan_backward_kernel(
             if N > 1:
                 tl.store(carry_ptr + n * channels, carry, mask=real)
             if not SUMMARY:
+                if N == 1:
+                    h0 = tl.load(states_ptr, mask=real, other=0.0)
                 b = B.to(tl.float32)[:, None]
                 h, decayed = scan_states_decayed(a, xd * b, h0[None, :], row == 0)
                 decayed = g * decayed
