@@ -77,7 +77,7 @@ def backward(
     parts = x_dbl.new_empty((triton.cdiv(channels, scan.block(backward=True)), *x_dbl.shape[:-1], 2 * scan.n), dtype=torch.float32)
     dB, dC = parts.flatten(2, 3).transpose(2, 3).split(scan.n, dim=-1)
     sums = scan.backward(dy, states, dx.flatten(2, 3), None, ddt, dB, dC)
-    torch.sum(parts, 0, out=dx_dbl[..., rank:]) if x_dbl.dtype == torch.float32 else dx_dbl[..., rank:].copy_(parts.sum(0))
+    dx_dbl[..., rank:] = parts.sum(0)
     return (_sum_parts(dx, x.dtype).unsqueeze(1) if sum_paths else dx, dx_dbl, *sums)
 
 
