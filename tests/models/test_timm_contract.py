@@ -13,7 +13,6 @@ import pytest
 import timm
 import torch
 from timm.models import get_model_input_config, get_notrace_functions, get_notrace_modules, group_parameters
-from timm.models._features import FeatureGetterNet
 from timm.models._hub import save_config_for_hf, save_for_hf
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import create_optimizer_v2
@@ -204,8 +203,6 @@ def test_features_only(name, kwargs):
         extractor = nano(name, kwargs, features_only=True, **more)
         info = extractor.feature_info
         features = extractor(x)
-        if is_map(extractor) and not isinstance(extractor, FeatureGetterNet):
-            features = [f.permute(0, 3, 1, 2) for f in features]
         assert len(features) >= 3 if count is None else len(features) == count
         assert [f.shape for f in features] == [
             (2, channels, 48 // stride, 80 // stride) for channels, stride in zip(info.channels(), info.reduction(), strict=True)
@@ -215,7 +212,7 @@ def test_features_only(name, kwargs):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), MAPS)
-@pytest.mark.parametrize("feature_cls", ["dict", "hook", "fx", "getter"])
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "fx"])
 @torch.no_grad()
 def test_other_feature_extractors_of_a_hierarchy(name, kwargs, feature_cls):
     extractor = nano(name, kwargs, features_only=True, feature_cls=feature_cls)
@@ -223,8 +220,7 @@ def test_other_feature_extractors_of_a_hierarchy(name, kwargs, feature_cls):
     x = image(model)
     features = extractor(x)
     features = list(features.values()) if isinstance(features, dict) else features
-    output_fmt = "NCHW" if feature_cls == "getter" else "NHWC"
-    torch.testing.assert_close(features, model.forward_intermediates(x, output_fmt=output_fmt, intermediates_only=True))
+    torch.testing.assert_close(features, model.forward_intermediates(x, output_fmt="NHWC", intermediates_only=True))
 
 
 @nanos
@@ -343,7 +339,7 @@ def test_pooling(name, kwargs):
             make()
 
 
-@pytest.mark.parametrize(("name", "kwargs"), MAPS)
+@nanos
 def test_features_only_with_grad_checkpointing(name, kwargs):
     """How detectors train: the gradients are those without checkpointing."""
     gradients = []
@@ -436,12 +432,8 @@ def test_pretrained_file_with_other_channels_and_classes(name, kwargs, tmp_path)
         head = source.pretrained_cfg["classifier"]
         assert not [n for n, t in state.items() if not n.startswith(head) and not torch.equal(t, source.state_dict()[n])]
     x = image(source)
-    levels = {} if is_map(source) else {"feature_cls": "getter"}
-    features = load(features_only=True, out_indices=(0, 1), **levels).eval()(x)
-    output_fmt = "NHWC" if is_map(source) else "NCHW"
-    torch.testing.assert_close(
-        features, source.forward_intermediates(x, indices=[0, 1], output_fmt=output_fmt, intermediates_only=True)
-    )
+    features = load(features_only=True, out_indices=(0, 1)).eval()(x)
+    torch.testing.assert_close(features, source.forward_intermediates(x, indices=[0, 1], intermediates_only=True))
 
 
 @nanos
