@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+
 from golden.fill import fill, image
 
 GOLDEN = Path(__file__).parent / "golden"

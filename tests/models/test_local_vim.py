@@ -5,14 +5,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from golden.fill import fill
-from golden.ops_golden import Golden
-from parity import build, check_feature, check_logits, images, load_golden, published_weights
 from timm.models import create_model
 from timm.optim import param_groups_weight_decay
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import visionssm  # noqa: F401
+from golden.fill import fill
+from golden.ops_golden import Golden
+from parity import build, check_feature, check_logits, images, load_golden, published_weights
 from visionssm.layers.local_mixer import BiAttn
 from visionssm.layers.pos_embed import insert_token, take_token
 from visionssm.models.local_vim import SEARCHED_PATHS, LocalVimMixer, RotaryTables, checkpoint_filter_fn

@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import timm
 import torch
+
+import visionssm  # noqa: F401
 from golden.fill import fill
 from golden.ops_golden import Golden
 from parity import build, check_feature, check_logits, images, load_golden, published_weights
-
-import visionssm  # noqa: F401
 from visionssm.layers.local_mixer import BiAttn
 from visionssm.layers.ss2d import SS2D
 from visionssm.models.local_vmamba import SEARCHED_PATHS_SMALL, SEARCHED_PATHS_TINY, checkpoint_filter_fn

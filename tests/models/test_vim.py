@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+
 from golden.ops_golden import Golden
 from parity import build, check_feature, check_logits, images, load_golden, published_weights
-
 from visionssm.layers.pos_embed import take_token
 from visionssm.layers.ssm_init import A_from_log
 from visionssm.layers.vim_mixer import VimMixer

@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from parity import build, check_feature, check_logits, images, load_golden, published_weights
 
 import visionssm  # noqa: F401
+from parity import build, check_feature, check_logits, images, load_golden, published_weights
 from visionssm.models.vmamba import checkpoint_filter_fn
 
 PARAMETERS = {
