@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,8 +92,10 @@ def selective_scan(
         y, last_state, _ = torch.ops.visionssm.selective_scan(*operands, delta_softplus, return_last_state)
         return (y, last_state) if return_last_state else y
     split = (groups, dim // groups)
+    # the gate comes before the rounding to 16 bits: what it tames may overflow float16
+    wide = u if z is None else u.to(torch.promote_types(u.dtype, torch.float32))
     y, last_state = _scan(
-        u.unflatten(1, split).mT.unsqueeze(2),  # (batch, groups, 1, length, dim / groups)
+        wide.unflatten(1, split).mT.unsqueeze(2),  # (batch, groups, 1, length, dim / groups)
         _pack(*(m.mT.unsqueeze(2) for m in (delta.unflatten(1, split), B, C))),
         A.unflatten(0, split),
         None if D is None else D.unflatten(0, split),
@@ -105,7 +109,7 @@ def selective_scan(
     )
     y = y.squeeze(2).mT.flatten(1, 2)
     if z is not None:
-        y = (y * F.silu(z)).to(u.dtype)
+        y = (y * F.silu(z.to(y.dtype))).to(u.dtype)
     return (y, last_state.flatten(1, 2)) if return_last_state else y
 
 
@@ -269,20 +273,7 @@ def cross_scan(x: Tensor, paths: tuple[str, ...] | ScanPaths) -> Tensor:
         TypeError: `x` is not real floating point.
         ValueError: shapes that do not fit, an unknown path.
     """
-    checks.check_tensors({"x": x})
-    if isinstance(paths, ScanPaths):
-        checks.check_rank("x", x, {4: "(batch, H, W, C)", 3: "(batch, positions, C)"})
-        if x.dim() == 4:
-            checks.path_names(paths, (x.shape[1], x.shape[2]))
-            if paths.token_at is not None:
-                raise ValueError(f"x: with token_at expected a flat map (batch, {paths.positions}, C), got {tuple(x.shape)}")
-        else:
-            checks.check_axis("x", "positions", x.shape[1], paths.positions, "the positions of paths")
-        names, size, token_at = paths.names, paths.size, paths.token_at
-    else:
-        checks.check_rank("x", x, {4: "(batch, H, W, C)"})
-        names, size, token_at = checks.path_names(paths), (x.shape[1], x.shape[2]), None
-    checks.check_positive("x", x)
+    names, size, token_at = _check_map(x, paths)
     flat = x.reshape(x.shape[0], 1, -1, x.shape[-1])
     return torch.ops.visionssm.cross_scan(flat, list(names), *size, token_at)
 
@@ -303,6 +294,57 @@ def cross_merge(ys: Tensor, paths: tuple[str, ...] | ScanPaths, size: tuple[int,
         TypeError: `ys` is not real floating point.
         ValueError: shapes that do not fit, an unknown path, no size.
     """
+    names, size, token_at = _check_sequences(ys, paths, size, merge)
+    maps = torch.ops.visionssm.cross_merge(ys, list(names), *size, token_at, merge)
+    if token_at is None:
+        maps = maps.unflatten(2, size)
+    return maps.squeeze(1) if merge else maps
+
+
+selective_scan_ref = partial(selective_scan, backend="reference")
+"""The twin of `selective_scan` that specifies it: the plain loop of reference.py behind the same checks."""
+
+cross_selective_scan_ref = partial(cross_selective_scan, backend="reference")
+"""The twin of `cross_selective_scan` that specifies it."""
+
+
+def cross_scan_ref(x: Tensor, paths: tuple[str, ...] | ScanPaths) -> Tensor:
+    """The twin of `cross_scan` that specifies it, in operations that autograd knows."""
+    _check_map(x, paths)
+    return reference.cross_scan_ref(x, paths)
+
+
+def cross_merge_ref(
+    ys: Tensor, paths: tuple[str, ...] | ScanPaths, size: tuple[int, int] | None = None, merge: bool = True
+) -> Tensor:
+    """The twin of `cross_merge` that specifies it, in operations that autograd knows."""
+    _check_sequences(ys, paths, size, merge)
+    return reference.cross_merge_ref(ys, paths, size, merge)
+
+
+def _check_map(x: Tensor, paths: tuple[str, ...] | ScanPaths) -> tuple[tuple[str, ...], tuple[int, int], int | None]:
+    """Check the arguments of `cross_scan`; returns names, (H, W) and token_at."""
+    checks.check_tensors({"x": x})
+    if isinstance(paths, ScanPaths):
+        checks.check_rank("x", x, {4: "(batch, H, W, C)", 3: "(batch, positions, C)"})
+        if x.dim() == 4:
+            checks.path_names(paths, (x.shape[1], x.shape[2]))
+            if paths.token_at is not None:
+                raise ValueError(f"x: with token_at expected a flat map (batch, {paths.positions}, C), got {tuple(x.shape)}")
+        else:
+            checks.check_axis("x", "positions", x.shape[1], paths.positions, "the positions of paths")
+        names, size, token_at = paths.names, paths.size, paths.token_at
+    else:
+        checks.check_rank("x", x, {4: "(batch, H, W, C)"})
+        names, size, token_at = checks.path_names(paths), (x.shape[1], x.shape[2]), None
+    checks.check_positive("x", x)
+    return names, size, token_at
+
+
+def _check_sequences(
+    ys: Tensor, paths: tuple[str, ...] | ScanPaths, size: tuple[int, int] | None, merge: bool
+) -> tuple[tuple[str, ...], tuple[int, int], int | None]:
+    """Check the arguments of `cross_merge`; returns names, (H, W) and token_at."""
     checks.check_tensors({"ys": ys})
     checks.check_bool(merge=merge)
     checks.check_rank("ys", ys, {4: "(batch, K, L', C)"})
@@ -318,10 +360,7 @@ def cross_merge(ys: Tensor, paths: tuple[str, ...] | ScanPaths, size: tuple[int,
     checks.check_axis("ys", "K", ys.shape[1], len(names), "the number of paths")
     checks.check_axis("ys", "L'", ys.shape[2], length, "the longest of paths")
     checks.check_positive("ys", ys)
-    maps = torch.ops.visionssm.cross_merge(ys, list(names), *size, token_at, merge)
-    if token_at is None:
-        maps = maps.unflatten(2, size)
-    return maps.squeeze(1) if merge else maps
+    return names, size, token_at
 
 
 def _rank(dt_weight: Tensor | None, channels: int) -> int:

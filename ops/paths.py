@@ -31,6 +31,9 @@ BIDIRECTIONAL = ("h", "h_flip")
 LOCAL = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip")
 """The eight words that LocalMamba's direction search chooses from, in its order."""
 
+MAX_WINDOW = 1024
+"""The largest K of a window path wK: a small map is padded to K x K steps."""
+
 _NAME = re.compile(r"(?P<kind>h|v|w(?P<window>[1-9][0-9]*))(?P<flip>_flip)?")
 
 
@@ -54,7 +57,10 @@ def parse_path(name: str) -> PathSpec:
         near = difflib.get_close_matches(str(name), LOCAL, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"paths: unknown path {name!r}{hint} (known: h, v, wK for any window K >= 1, each with or without _flip)")
-    return PathSpec(match["kind"] == "v", int(match["window"] or 0), match["flip"] is not None)
+    window = int(match["window"] or 0)
+    if window > MAX_WINDOW:
+        raise ValueError(f"paths: {name!r} pads the map to whole windows of {window}; expected windows of at most {MAX_WINDOW}")
+    return PathSpec(match["kind"] == "v", window, match["flip"] is not None)
 
 
 @functools.lru_cache(maxsize=512)

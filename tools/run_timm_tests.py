@@ -2,11 +2,11 @@
 
     python tools/run_timm_tests.py [--models 'vim_*'] [--sdist timm-1.0.31.tar.gz]
 
-The file is taken from the source distribution of the installed timm, downloaded once. Four edits, each checked: `visionssm` is
+The file is taken from the source distribution of the installed timm, downloaded once. Its edits, each checked: `visionssm` is
 imported first, our modules replace the list of those with `forward_intermediates`, our token models join timm's list of models
-without a 4-D feature map, and `list_models` is limited to our models. Every test that timm runs on each of its models then runs on
-each of ours, but for those that download weights or need TorchScript. The tests collected are compared with the tests expected, and
-a skipped test counts as a failure. The environment variable TIMEOUT (seconds) raises timm's limits on a slow machine.
+without a 4-D feature map, `list_models` is limited to our models, and every time limit obeys the environment variable TIMEOUT
+(seconds, for a slow machine). Every test that timm runs on each of its models then runs on each of ours, but for those that
+download weights or need TorchScript. The tests collected are compared with the tests expected; a skipped test counts as a failure.
 """
 
 import argparse
@@ -114,7 +114,9 @@ def _edited(source: str, models: list[str]) -> str:
         source, count = re.subn(pattern, replacement, source, flags=re.MULTILINE)
         if count != 1:
             sys.exit(f"timm {timm.__version__}: tests/test_models.py has {count} places, not one, to edit that match {pattern!r}")
-    return source
+    if "timeout120 = " not in source:
+        sys.exit(f"timm {timm.__version__}: tests/test_models.py has no timeout120, the limit that TIMEOUT raises")
+    return source.replace("timeout(120)", "timeout(timeout120)")
 
 
 def _pytest(folder: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -1,5 +1,6 @@
 """Errors that are the user's to correct: the command line prints them as one line, without a traceback."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -24,3 +25,18 @@ def shortened(names: Iterable[str], shown: int = 5, separator: str = ", ") -> st
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, for an error of one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def key_mismatch(error: RuntimeError) -> str:
+    """In one line what `load_state_dict` complains of: missing, unexpected and misshapen parameters, a few of each."""
+    text = str(error)
+    parts = []
+    for kind in ("Missing", "Unexpected"):
+        listing = re.search(rf"{kind} key\(s\) in state_dict: (.*)", text)
+        if listing:
+            names = re.findall(r'"([^"]+)"', listing[1])
+            parts.append(f"{kind.lower()} {shortened(names, 3)}")
+    shapes = re.findall(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)", text)
+    if shapes:
+        parts.append(f"of other shapes {shortened([f'{name} {theirs} for {ours}' for name, theirs, ours in shapes], 3)}")
+    return "; ".join(parts) or first_line(error)

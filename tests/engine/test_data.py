@@ -1,4 +1,7 @@
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,3 +104,15 @@ def test_training_counts_unreadable_images(photographs, tmp_path, capsys):
     with open(listing, encoding="utf-8") as file:
         assert sorted(file.read().splitlines()) == sorted(broken)
     assert re.search(r"^top-1: (0\.0|33\.3|66\.7|100\.0) %$", out, re.MULTILINE)  # of the three images that are left
+
+
+def test_no_readable_image_left_in_a_worker(photographs, tmp_path):
+    """The error crosses a process, which puts a traceback before it; the command still prints one line."""
+    for name in ("bright", "dark"):
+        break_images(photographs / "train" / name, 6)
+    options = [f"data_root={photographs}", "input_size=32", "model.backbone.model_name=test_resnet"]
+    command = [sys.executable, "tools/train.py", str(FOLDER), "--work-dir", str(tmp_path / "work"), "--cfg-options", *options]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    assert run.returncode == 1
+    assert re.match(r"train\.py: error: data_root: none of the 12 images in .*train can be read", run.stderr)
+    assert "Traceback" not in run.stderr

@@ -83,6 +83,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tiny):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 120
     while newest_checkpoint(work) is None and process.poll() is None and time.monotonic() < deadline:

@@ -212,7 +212,13 @@ def test_class_token_in_the_middle(length):
     assert torch.equal(taken, token)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 47), (64, 32), (160, 16)])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_image_smaller_than_a_patch(name):
+    with pytest.raises(ValueError, match="7 x 64 pixels is smaller than one 16 x 16 patch"):
+        small(name)(torch.randn(2, 3, 7, 64))
+
+
+@pytest.mark.parametrize("size", [(16, 17), (33, 47), (64, 32), (160, 16)])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_any_image_size(name, size):
     model = small(name)

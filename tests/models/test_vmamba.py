@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-import visionssm  # noqa: F401
+import visionssm
 from parity import build, check_feature, check_logits, images, load_golden, published_weights
 from visionssm.models.vmamba import checkpoint_filter_fn
 
@@ -78,8 +78,24 @@ def test_filter_keeps_our_own_state_dict(name):
 
 def test_checkpoint_of_another_variant_is_refused():
     model = timm.create_model("vmamba_tiny_s2l5")
-    with pytest.raises(RuntimeError, match=r"size mismatch|Unexpected key"):
-        model.load_state_dict(checkpoint_filter_fn(published_weights("vmamba_tiny_s1l8"), model), strict=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"of another model than this VMamba: unexpected .*and \d+ more; of other shapes"
+    ) as refusal:
+        visionssm.load_checkpoint(model, {"model": published_weights("vmamba_tiny_s1l8")})
+    assert len(str(refusal.value)) < 600
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())  # nothing was loaded in part
+
+
+def test_load_checkpoint():
+    model = timm.create_model("vanilla_vmamba_tiny")
+    weights = published_weights("vanilla_vmamba_tiny_published_keys")
+    visionssm.load_checkpoint(model, {"model": weights, "epoch": 3})
+    torch.testing.assert_close(model.head.fc.weight.detach(), weights["head.weight"], rtol=0, atol=0)
+    with pytest.raises(TypeError, match="content: expected a dict"):
+        visionssm.load_checkpoint(model, [weights])
+    with pytest.raises(TypeError, match="expected one of visionssm's models, got Linear"):
+        visionssm.load_checkpoint(torch.nn.Linear(1, 1), weights)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 47), (64, 32)])

@@ -10,10 +10,14 @@ from visionssm.ops import (
     CROSS,
     ScanPaths,
     cross_merge,
+    cross_merge_ref,
     cross_scan,
+    cross_scan_ref,
     cross_selective_scan,
     cross_selective_scan_packed,
+    cross_selective_scan_ref,
     selective_scan,
+    selective_scan_ref,
 )
 from visionssm.ops.testing import cross_selective_scan_inputs, pack, selective_scan_inputs
 
@@ -268,3 +272,22 @@ def test_order():
     for order in ("raster", True, None, "Image"):
         message = f'order: got {order!r}, expected "image" or "scan"'
         refused(lambda o=order: cross_selective_scan(**IMAGE, paths=CROSS, order=o), ValueError, message)
+
+
+def test_twins_check_their_arguments():
+    """A twin is a public function too: what does not fit is refused, not broadcast or cut."""
+    x, dt, B = torch.zeros(2, 3, 4, 5), torch.zeros(2, 2, 3, 4, 5), torch.zeros(2, 2, 3, 4, 3)
+    with pytest.raises(ValueError, match="A: expected"):
+        cross_selective_scan_ref(x, dt, torch.zeros(3, 5, 3), B, B, paths=("h", "v"))
+    u = torch.zeros(1, 2, 3, dtype=torch.int32)
+    with pytest.raises(TypeError, match="u: expected"):
+        selective_scan_ref(u, u, torch.zeros(2, 1), torch.zeros(1, 1, 3), torch.zeros(1, 1, 3))
+    with pytest.raises(ValueError, match="ys: axis L' is 9, expected 4"):
+        cross_merge_ref(torch.randn(1, 2, 9, 1), ("h", "v"), (2, 2))
+    with pytest.raises(ValueError, match="x: expected"):
+        cross_scan_ref(torch.randn(2, 3), ("h",))
+
+
+def test_window_too_large():
+    with pytest.raises(ValueError, match="windows of at most 1024"):
+        ScanPaths(("w99999",), (3, 4))

@@ -275,3 +275,21 @@ def test_memory_is_linear_in_length_and_has_no_state_axis():
     assert peak(32, 16) <= 4.2 * peak(16, 16)
     states = 8 * 32 * 32 * 64 * 16  # bytes of the states of the path in float64
     assert peak(32, 16) - peak(32, 1) <= states / 4
+
+
+def test_gate_comes_before_the_rounding():
+    """In float16 the scan alone would overflow here; the gate brings it back, as in the reference."""
+    u = torch.full((1, 1, 4), 300.0, dtype=torch.float16)
+    one, z = torch.ones_like(u), torch.full_like(u, -9.0)
+    y, expected = (
+        selective_scan(u, one, torch.tensor([[-1e-3]]), u, one, z=z, backend=backend) for backend in ("chunked", "reference")
+    )
+    assert expected.isfinite().all()
+    torch.testing.assert_close(y, expected)
+
+
+def test_gate_of_another_precision():
+    u, delta, z = (torch.randn(2, 3, 7, dtype=torch.float64) for _ in range(3))
+    A, B, C = -torch.rand(3, 2, dtype=torch.float64), torch.randn(2, 2, 7), torch.randn(2, 2, 7)
+    y, expected = (selective_scan(u, delta, A, B, C, z=z.float(), backend=b) for b in ("chunked", "reference"))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)

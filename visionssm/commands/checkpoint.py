@@ -2,13 +2,12 @@
 
 import ast
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from visionssm.errors import UserError, first_line, shortened
+from visionssm.errors import UserError, first_line
 
 
 class _Inert:
@@ -63,18 +62,3 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_value(element) for element in node.elts]
     return ast.literal_eval(node)
-
-
-def key_mismatch(error: RuntimeError) -> str:
-    """In one line what `load_state_dict` complains of: missing, unexpected and misshapen parameters, a few of each."""
-    text = str(error)
-    parts = []
-    for kind in ("Missing", "Unexpected"):
-        listing = re.search(rf"{kind} key\(s\) in state_dict: (.*)", text)
-        if listing:
-            names = re.findall(r'"([^"]+)"', listing[1])
-            parts.append(f"{kind.lower()} {shortened(names, 3)}")
-    shapes = re.findall(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)", text)
-    if shapes:
-        parts.append(f"of other shapes {shortened([f'{name} {theirs} for {ours}' for name, theirs, ours in shapes], 3)}")
-    return "; ".join(parts) or first_line(error)

@@ -21,9 +21,9 @@ from timm.data import (
 from timm.models import is_model, list_models
 from torch import nn
 
-from visionssm.errors import UserError, did_you_mean, first_line
+from visionssm.errors import UserError, did_you_mean, first_line, key_mismatch
 
-from .checkpoint import key_mismatch, read_checkpoint, read_config
+from .checkpoint import read_checkpoint, read_config
 from .images import open_image
 from .models import check_model, zoo
 

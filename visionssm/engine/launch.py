@@ -120,7 +120,8 @@ def _run(command: Callable[[Namespace], None], parser: ArgumentParser, argv: Seq
     try:
         command(parser.parse_args(argv))
     except UserError as error:
-        sys.stderr.write(f"{parser.prog}: error: {error}\n")
+        message = str(error).rpartition(f"{UserError.__name__}: ")[2]  # a loader's worker puts its traceback before it
+        sys.stderr.write(f"{parser.prog}: error: {message.strip()}\n")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED

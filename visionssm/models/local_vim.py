@@ -234,7 +234,8 @@ class LocalVimBlock(nn.Module):
 class LocalVim(nn.Module):
     """LocalVim (arXiv 2403.09338).
 
-    Takes images of any size: they are zero-padded at the bottom and right to whole patches, positions are interpolated.
+    Takes images of any size from one patch: they are zero-padded at the bottom and right to whole patches, and positions are
+    interpolated.
 
     Args:
         img_size: image side or (height, width) in pixels for which `pos_embed` is made.
@@ -395,7 +396,7 @@ class LocalVim(nn.Module):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image -> tokens with positions, and the grid's (H, W)."""
-        x = self.patch_embed(check_image(x, self.in_chans, 1))
+        x = self.patch_embed(check_image(x, self.in_chans, self.patch_embed.patch_size[0]))
         batch, height, width, _ = x.shape
         size = (height, width)
         x = x.flatten(1, 2)
