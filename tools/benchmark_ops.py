@@ -344,7 +344,9 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", nargs="*", default=["cross", "mamba"], help="which tables (default: all)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=("cross", "mamba"), default=("cross", "mamba"), help="which tables (default: all)"
+    )
     parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/ops_DEVICE_DATE.csv)")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
