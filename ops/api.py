@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -301,11 +299,41 @@ def cross_merge(ys: Tensor, paths: tuple[str, ...] | ScanPaths, size: tuple[int,
     return maps.squeeze(1) if merge else maps
 
 
-selective_scan_ref = partial(selective_scan, backend="reference")
-"""The twin of `selective_scan` that specifies it: the plain loop of reference.py behind the same checks."""
+def selective_scan_ref(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The twin of `selective_scan` that specifies it: the plain loop of reference.py behind the same checks."""
+    operands = (u, delta, A, B, C, D, z, delta_bias)
+    return selective_scan(*operands, delta_softplus, return_last_state, backend="reference")
 
-cross_selective_scan_ref = partial(cross_selective_scan, backend="reference")
-"""The twin of `cross_selective_scan` that specifies it."""
+
+def cross_selective_scan_ref(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    paths: tuple[str, ...] | ScanPaths,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    order: str = "image",
+    merge: bool = True,
+) -> Tensor:
+    """The twin of `cross_selective_scan` that specifies it."""
+    options = {"dt_weight": dt_weight, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "order": order, "merge": merge}
+    return cross_selective_scan(x, dt, A, B, C, D, paths=paths, **options, backend="reference")
 
 
 def cross_scan_ref(x: Tensor, paths: tuple[str, ...] | ScanPaths) -> Tensor:
