@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .paths import parse_path, path_table
+from .reference import compute_dtype
 
 _GROUP = 400_000  # elements of a workspace: a few of them fit the caches of two cores
 _SERIAL = 16  # steps that are not worth another level
@@ -226,7 +227,7 @@ class _Call:
         paths: tuple[str, ...],
         dt_softplus: bool,
     ) -> None:
-        x, x_dbl, A, self.D, self.weight, self.bias = _compute_dtype(x, x_dbl, A, D, dt_weight, dt_bias)
+        x, x_dbl, A, self.D, self.weight, self.bias = compute_dtype(x, x_dbl, A, D, dt_weight, dt_bias)
         batch, _, height, width, channels = x.shape
         k, _, n = A.shape
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -372,12 +373,6 @@ def _largest(m: Tensor) -> float:
 
 def _of(i: int, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t[i] for t in tensors]
-
-
-def _compute_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
-    """All tensors in one dtype: float64 if any is, else float32 (a state kept in 16 bits overflows)."""
-    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 # --- workspaces -------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def selective_scan_ref(
     y[t] = C[t] . h[t] + D u[t],  then y silu(z)
     """
     dtype = u.dtype
-    u, delta, A, B, C, D, z, delta_bias = _compute_dtype(u, delta, A, B, C, D, z, delta_bias)
+    u, delta, A, B, C, D, z, delta_bias = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
     batch, dim, length = u.shape
     state = A.shape[1]
     if delta_bias is not None:
@@ -102,7 +102,7 @@ def cross_selective_scan_ref(
         dt, B, C = (m.reshape(batch, len(paths), positions, m.shape[-1]) for m in (dt, B, C))
         x, dt, B, C = (_gather(m, paths) for m in (x, dt, B, C))
     dtype = x.dtype
-    x, dt, A, B, C, D, dt_weight, dt_bias = _compute_dtype(x, dt, A, B, C, D, dt_weight, dt_bias)
+    x, dt, A, B, C, D, dt_weight, dt_bias = compute_dtype(x, dt, A, B, C, D, dt_weight, dt_bias)
     if dt_weight is not None:
         # Not a matrix product, which autocast would run in 16 bits.
         dt = sum(dt[..., r, None] * dt_weight[:, None, :, r] for r in range(dt_weight.shape[2]))
@@ -138,7 +138,7 @@ def _gather(maps: Tensor, paths: ScanPaths) -> Tensor:
     return torch.stack(steps, dim=1)
 
 
-def _compute_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
+def compute_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
     """All tensors in one dtype: float64 if any is, else float32 (a state kept in 16 bits overflows)."""
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     return [None if t is None else t.to(dtype) for t in tensors]
