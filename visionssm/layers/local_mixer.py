@@ -32,11 +32,14 @@ class BiAttn(nn.Module):
         self.global_reduce = nn.Linear(dim, dim // reduction, **dd)
         self.channel_select = nn.Linear(dim // reduction, dim, **dd)
 
+    def weights(self, y: Tensor) -> Tensor:
+        """The factor of every direction and channel, `(batch, K, 1, dim)`, for scans `(batch, K, positions, dim)`."""
+        scale = F.gelu(self.global_reduce(self.norm(y).mean(2)))
+        return self.channel_select(scale).sigmoid().unsqueeze(2)
+
     def forward(self, y: Tensor) -> Tensor:
         flat = y.flatten(2, -2)  # [B, K, positions, C]
-        scale = F.gelu(self.global_reduce(self.norm(flat).mean(2)))
-        scale = self.channel_select(scale).sigmoid().unsqueeze(2)
-        return (flat * scale.to(flat.dtype)).sum(1).reshape(y[:, 0].shape)
+        return (flat * self.weights(flat).to(flat.dtype)).sum(1).reshape(y[:, 0].shape)
 
 
 def check_layer_paths(paths: Sequence[Sequence[str]], depth: int) -> tuple[tuple[str, ...], ...]:

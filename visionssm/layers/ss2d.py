@@ -71,15 +71,37 @@ class SS2D(nn.Module):
         init_A_log_(self.A_logs)
         self.Ds.fill_(1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The two halves of in_proj, each `(batch, H, W, inner)`: what is convolved and scanned, and the gate or None."""
         x = self.in_proj(x)
-        z = None
-        if self.gate:
-            x, z = x.chunk(2, dim=-1)
-        x = self.act(self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        x_dbl = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (len(self.paths), -1))  # [B, H, W, K, R + 2N]
+        if not self.gate:
+            return x, None
+        u, z = x.chunk(2, dim=-1)
+        return u, z
+
+    def convolve(self, u: Tensor) -> Tensor:
+        """The depthwise convolution before its SiLU, `(batch, H, W, inner)` to the same shape."""
+        return self.conv2d(u.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the scan and the gate are made of.
+
+        Args:
+            x: a map `(batch, H, W, dim)`.
+
+        Returns:
+            The convolved map `(batch, H, W, inner)`, its packed projections dt | B | C `(batch, H, W, K, R + 2N)`, and the gate
+            before SiLU `(batch, H, W, inner)` or None.
+        """
+        u, z = self.branches(x)
+        v = self.act(self.convolve(u))
+        x_dbl = F.linear(v, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (len(self.paths), -1))  # [B, H, W, K, R + 2N]
+        return v, x_dbl, z
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, x_dbl, z = self.scan_inputs(x)
         y = cross_selective_scan_packed(
-            x,
+            v,
             x_dbl,
             A_from_log(self.A_logs),
             self.Ds,

@@ -61,6 +61,23 @@ class VimMixer(nn.Module):
         init_A_log_(self.A_logs)
         self.Ds.fill_(1.0)
 
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The two halves of in_proj, each `(batch, L, inner)`: what is convolved and scanned, and the gate."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        return u, z
+
+    def convolve(self, u: Tensor) -> Tensor:
+        """The two convolutions before their SiLU: `(batch, L, inner)` -> `(batch, 2, 1, L, inner)`."""
+        k, inner, taps = self.conv1d_weight.shape
+        # One channels-last convolution for both directions: 2 d_conv - 1 taps centred on the token, the first d_conv of them for
+        # the forward branch, the last d_conv, mirrored, for the backward one. Doubling u is cheaper than changing its layout.
+        causal = F.pad(self.conv1d_weight[0], (0, taps - 1))
+        anti_causal = F.pad(self.conv1d_weight[1].flip(-1), (taps - 1, 0))
+        weight = torch.cat([causal, anti_causal]).unsqueeze(1).unsqueeze(1)  # [2E, 1, 1, taps]
+        u = torch.cat([u, u], dim=-1).unsqueeze(1).permute(0, 3, 1, 2)  # [B, 2E, 1, L]
+        u = F.conv2d(u, weight, self.conv1d_bias.flatten(), padding=(0, taps - 1), groups=k * inner)
+        return u.permute(0, 2, 3, 1).unflatten(-1, (k, inner)).permute(0, 3, 1, 2, 4)
+
     def scan_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the scan and the gate are made of.
 
@@ -72,24 +89,16 @@ class VimMixer(nn.Module):
             and z, the gate before SiLU, `(batch, L, inner)`.
         """
         batch, length, _ = x.shape
-        k, inner, taps = self.conv1d_weight.shape
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        # One channels-last convolution for both directions: 2 d_conv - 1 taps centred on the token, the first d_conv of them for
-        # the forward branch, the last d_conv, mirrored, for the backward one. Doubling u is cheaper than changing its layout.
-        causal = F.pad(self.conv1d_weight[0], (0, taps - 1))
-        anti_causal = F.pad(self.conv1d_weight[1].flip(-1), (taps - 1, 0))
-        weight = torch.cat([causal, anti_causal]).unsqueeze(1).unsqueeze(1)  # [2E, 1, 1, taps]
-        u = torch.cat([u, u], dim=-1).unsqueeze(1).permute(0, 3, 1, 2)  # [B, 2E, 1, L]
-        u = F.silu(F.conv2d(u, weight, self.conv1d_bias.flatten(), padding=(0, taps - 1), groups=k * inner))
-        u = u.permute(0, 2, 3, 1).unflatten(-1, (k, inner))  # [B, 1, L, 2, E]
-        x_dbl = torch.bmm(u.flatten(0, 2).transpose(0, 1), self.x_proj_weight.mT)  # [2, B * L, R + 2N]
-        x_dbl = x_dbl.transpose(0, 1).unflatten(0, (batch, 1, length))
-        return u.permute(0, 3, 1, 2, 4), x_dbl, z
+        u, z = self.branches(x)
+        v = F.silu(self.convolve(u))
+        rows = v.permute(0, 2, 3, 1, 4).flatten(0, 2)  # [B * L, 2, inner], as it lies in memory
+        x_dbl = torch.bmm(rows.transpose(0, 1), self.x_proj_weight.mT)  # [2, B * L, R + 2N]
+        return v, x_dbl.transpose(0, 1).unflatten(0, (batch, 1, length)), z
 
     def forward(self, x: Tensor) -> Tensor:
-        u, x_dbl, z = self.scan_inputs(x)
+        v, x_dbl, z = self.scan_inputs(x)
         y = cross_selective_scan_packed(
-            u,
+            v,
             x_dbl,
             A_from_log(self.A_logs),
             self.Ds,

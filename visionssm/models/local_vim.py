@@ -173,22 +173,43 @@ class LocalVimMixer(nn.Module):
         init_A_log_(self.A_logs)
         self.Ds.fill_(1.0)
 
-    def _causal_conv(self, x: Tensor) -> Tensor:
-        """(batch, K, L', inner) -> the same; the last tap multiplies the current step, zeros come before the first."""
+    def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The two halves of in_proj, each `(batch, L, inner)` like the tokens: what is convolved and scanned, and the gate."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        return u, z
+
+    def convolve(self, u: Tensor, paths: ScanPaths) -> Tensor:
+        """The causal convolution along every path, before SiLU: `(batch, L, inner)` -> `(batch, K, L', inner)`.
+
+        The last tap multiplies the current step, zeros come before the first.
+        """
         k, inner, taps = self.conv1d_weight.shape
-        x = F.pad(x.mT.flatten(1, 2), (taps - 1, 0))
+        x = F.pad(cross_scan(u, paths).mT.flatten(1, 2), (taps - 1, 0))
         x = F.conv1d(x, self.conv1d_weight.reshape(k * inner, 1, taps), self.conv1d_bias.flatten(), groups=k * inner)
         return x.unflatten(1, (k, inner)).mT
+
+    def scan_inputs(self, x: Tensor, paths: ScanPaths) -> tuple[Tensor, Tensor, Tensor]:
+        """What the scans and the gate are made of.
+
+        Args:
+            x: tokens `(batch, L, dim)`.
+            paths: the K paths over their grid.
+
+        Returns:
+            In the order of the paths the convolved sequences `(batch, K, L', inner)` and their packed projections dt | B | C
+            `(batch, K, L', R + 2N)`; and z, the gate before SiLU, `(batch, L, inner)`.
+        """
+        u, z = self.branches(x)
+        v = F.silu(self.convolve(u, paths))
+        return v, v @ self.x_proj_weight.mT, z
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Mix the tokens `(batch, H * W, dim)`, or `(batch, H * W + 1, dim)` with a class token, of a grid of `size` (H, W)."""
         paths = scan_paths(self.paths, size, self.class_token)
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self._causal_conv(cross_scan(u, paths)))  # [B, K, L', inner]
-        x_dbl = u @ self.x_proj_weight.mT
+        v, x_dbl, z = self.scan_inputs(x, paths)
         dt, B, C = x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = cross_selective_scan(
-            u,
+            v,
             dt,
             A_from_log(self.A_logs),
             B,
