@@ -1,0 +1,114 @@
+"""A web server on this machine whose pages misbehave as told."""
+
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Page:
+    """How one address answers.
+
+    Attributes:
+        content: the file.
+        headers: of every answer with content, besides Content-Length; a Content-Length here is the one stated.
+        ranges: whether a request for a range is honoured, if `If-Range` names the page's ETag or date.
+        cuts: after how many bytes of the body the connection breaks: at the first request, the second and so on.
+        statuses: errors that the first requests get.
+        length: whether the length is stated.
+        gate: wait for it before answering.
+    """
+
+    content: bytes = b""
+    headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"first"'})
+    ranges: bool = True
+    heeds_if_range: bool = True
+    cuts: list[int] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)
+    redirect: str | None = None
+    length: bool = True
+    gate: threading.Event | None = None
+    arrived: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class Seen:
+    """A request as the server saw it."""
+
+    path: str
+    range: str | None
+    sent: int = 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        seen = Seen(self.path, self.headers["Range"])
+        self.server.requests.append(seen)
+        page = self.server.pages.get(self.path)
+        if page is None:
+            return self.send_error(404)
+        page.arrived.set()
+        if page.gate is not None:
+            page.gate.wait(10)
+        if page.statuses:
+            return self.send_error(page.statuses.pop(0))
+        if page.redirect is not None:
+            self.send_response(302)
+            self.send_header("Location", page.redirect)
+            return self.end_headers()
+        start = self.range_start(page, seen)
+        if start >= len(page.content) > 0:
+            return self.send_error(416)
+        body = page.content[start:]
+        self.send_response(206 if start else 200)
+        headers = dict(page.headers)
+        if page.length:
+            headers.setdefault("Content-Length", str(len(body)))
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(page.content) - 1}/{len(page.content)}"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        body = body[: page.cuts.pop(0)] if page.cuts else body
+        seen.sent = len(body)
+        self.wfile.write(body)
+
+    def range_start(self, page, seen):
+        known = (page.headers.get("ETag"), page.headers.get("Last-Modified"))
+        if not (page.ranges and seen.range and (self.headers["If-Range"] in known or not page.heeds_if_range)):
+            return 0
+        return int(seen.range.removeprefix("bytes=").removesuffix("-"))
+
+    def log_message(self, format, *args):
+        pass
+
+
+class Site(ThreadingHTTPServer):
+    """`pages` by path; `requests` are those seen so far."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.pages: dict[str, Page] = {}
+        self.requests: list[Seen] = []
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+    def handle_error(self, request, client_address):
+        """A client that hangs up is no failure of the test."""
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def serve(self, page, path="/v1/model.pth"):
+        """Put a page up; returns its URL."""
+        self.pages[path] = page
+        return self.address + path
