@@ -71,6 +71,31 @@ def cached(suffix=""):
     return sorted(path for path in files if path.name.endswith(suffix))
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """huggingface_hub's function, which gives a file of its cache or raises; and the calls it got."""
+
+    class Hub:
+        file = tmp_path / "hub" / "snapshots" / "model.pth"
+        error = None
+        calls = ()
+
+        def download(self, *args, **kwargs):
+            self.calls = (*self.calls, (args, kwargs, are_progress_bars_disabled()))
+            if self.error is not None:
+                raise self.error
+            return str(self.file)
+
+    hub = Hub()
+    blob = tmp_path / "hub" / "blobs" / "0123"
+    for folder in (blob.parent, hub.file.parent):
+        folder.mkdir(parents=True)
+    blob.write_bytes(CONTENT)
+    hub.file.symlink_to(blob)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    return hub
+
+
 def test_download_is_cached_and_recorded(site, tmp_path):
     url = site.serve(Page(CONTENT))
     path = fetch(url)
@@ -88,6 +113,15 @@ def test_equal_file_names_are_kept_apart(site):
     second = fetch(site.serve(Page(OTHER), "/small/best.pth?download=true"))
     assert (first.name, second.name) == ("best.pth", "best.pth")
     assert (first.read_bytes(), second.read_bytes()) == (CONTENT, OTHER)
+
+
+def test_another_cache(site, hub, tmp_path):
+    path = fetch(site.serve(Page(CONTENT)), cache_dir=tmp_path / "mine")
+    assert path.parents[2] == tmp_path / "mine"
+    fetch("hf://owner/repository/model.pth", cache_dir=str(tmp_path / "mine"))
+    assert hub.calls[-1][1]["cache_dir"] == tmp_path / "mine"
+    assert len(list(tmp_path.glob("mine/visionssm/*/model.pth.sha256"))) == 2
+    assert cached() == []
 
 
 @pytest.mark.parametrize("name", ["..%2F..%2Fevil.pth", "%2e%2e", ".hidden", "a%00b.pth", "x" * 300 + ".pth", ""])
@@ -180,6 +214,9 @@ def test_unstated_length(site):
     assert "states no length" in complaint(url)
     assert "1048576 bytes, expected 5" in complaint(url, size=5)
     assert fetch(url, size=len(CONTENT)).read_bytes() == CONTENT
+    cached("model.pth")[0].unlink()
+    assert fetch(url).read_bytes() == CONTENT  # it has the recorded hash
+    assert fetch(site.serve(Page(CONTENT, length=False), "/other.pth"), sha256=SHA256).read_bytes() == CONTENT
 
 
 def test_chunks(site):
@@ -447,31 +484,6 @@ def test_malformed_hash(sha256):
     assert "expected 64 hexadecimal digits" in complaint("https://host.example/x.pth", sha256=sha256)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """huggingface_hub's function, which gives a file of its cache or raises; and the calls it got."""
-
-    class Hub:
-        file = tmp_path / "hub" / "snapshots" / "model.pth"
-        error = None
-        calls = ()
-
-        def download(self, *args, **kwargs):
-            self.calls = (*self.calls, (args, kwargs, are_progress_bars_disabled()))
-            if self.error is not None:
-                raise self.error
-            return str(self.file)
-
-    hub = Hub()
-    blob = tmp_path / "hub" / "blobs" / "0123"
-    for folder in (blob.parent, hub.file.parent):
-        folder.mkdir(parents=True)
-    blob.write_bytes(CONTENT)
-    hub.file.symlink_to(blob)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
-    return hub
-
-
 def test_hub(hub):
     url = "hf://owner/repository@07c00e0/folder/model.pth"
     quiet = are_progress_bars_disabled()
@@ -540,7 +552,7 @@ for _ in range(3):
             download.time.sleep = lambda seconds: os.kill(os.getpid(), 9)  # after its first, broken request
         path = download.fetch({url!r})
         os._exit(path.stat().st_size != {len(CONTENT)})
-    while len(pids) == 1 and not os.path.exists(download._Entry({url!r}, None, None).beside(".lock")):
+    while len(pids) == 1 and not os.path.exists(download._Entry({url!r}).beside(".lock")):
         time.sleep(0.01)
 print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 """

@@ -12,11 +12,14 @@ class Page:
     Attributes:
         content: the file.
         headers: of every answer with content, besides Content-Length; a Content-Length here is the one stated.
-        ranges: whether a request for a range is honoured, if `If-Range` names the page's ETag or date.
+        ranges: whether a request for a range is honoured, if `If-Range` names the page's strong ETag or date.
+        heeds_if_range: False honours it in any case.
         cuts: after how many bytes of the body the connection breaks: at the first request, the second and so on.
         statuses: errors that the first requests get.
         length: whether the length is stated.
+        redirect: where the file is instead.
         gate: wait for it before answering.
+        arrived: set by the first request.
     """
 
     content: bytes = b""
@@ -74,8 +77,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def range_start(self, page, seen):
-        known = (page.headers.get("ETag"), page.headers.get("Last-Modified"))
-        if not (page.ranges and seen.range and (self.headers["If-Range"] in known or not page.heeds_if_range)):
+        version = self.headers["If-Range"] or ""
+        is_known = version in page.headers.values() and not version.startswith("W/")
+        if not (page.ranges and seen.range and (is_known or not page.heeds_if_range)):
             return 0
         return int(seen.range.removeprefix("bytes=").removesuffix("-"))
 

@@ -58,15 +58,17 @@ class _Entry:
     """What is known of a file in advance, and its place in the cache."""
 
     url: str
-    sha256: str | None
-    size: int | None
+    sha256: str | None = None
+    size: int | None = None
+    cache_dir: Path | None = None
 
     @property
     def file(self) -> Path:
         """The file of the cache; there only when it is whole."""
         name = re.sub(r"[^\w.+-]", "_", unquote(urlsplit(self.url).path).rpartition("/")[2])[-128:].lstrip(".")
         folder = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return Path(torch.hub.get_dir(), "checkpoints", "visionssm", folder, name or "file")
+        cache = self.cache_dir or Path(torch.hub.get_dir(), "checkpoints")
+        return cache / "visionssm" / folder / (name or "file")
 
     def beside(self, suffix: str) -> Path:
         """Another file of the same place."""
@@ -88,7 +90,14 @@ class _Entry:
         return self.sha256 is not None or self.record.is_file()
 
 
-def fetch(url: str, *, sha256: str | None = None, size: int | None = None, progress: bool = True) -> Path:
+def fetch(
+    url: str | os.PathLike[str],
+    *,
+    sha256: str | None = None,
+    size: int | None = None,
+    progress: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Path:
     """The local path of a file, which is downloaded unless it is there.
 
     Args:
@@ -97,6 +106,7 @@ def fetch(url: str, *, sha256: str | None = None, size: int | None = None, progr
             disk, none.
         size: the file's length in bytes; None if unknown.
         progress: a progress bar on stderr, where that is a terminal.
+        cache_dir: stands for `torch.hub.get_dir()/checkpoints`, and for huggingface_hub's cache.
 
     Raises:
         DownloadError: a malformed argument; a file that no source has, that is not in the cache while offline, or that differs
@@ -105,7 +115,7 @@ def fetch(url: str, *, sha256: str | None = None, size: int | None = None, progr
     url = os.fspath(url)
     if sha256 is not None and not _SHA256.fullmatch(sha256 := sha256.lower()):
         raise DownloadError(f"sha256: got {sha256!r}, expected 64 hexadecimal digits")
-    entry = _Entry(url, sha256, size)
+    entry = _Entry(url, sha256, size, Path(cache_dir).expanduser() if cache_dir else None)
     scheme, separator, _ = url.partition("://")
     if not separator or scheme.lower() == "file":
         return _local(entry)
@@ -144,7 +154,13 @@ def _from_hub(entry: _Entry, progress: bool) -> Path:
         disable_progress_bars()
     try:
         revision = unquote(match["revision"]) if match["revision"] else None
-        path = huggingface_hub.hf_hub_download(match["repo"], match["file"], revision=revision, local_files_only=bool(offline))
+        path = huggingface_hub.hf_hub_download(
+            match["repo"],
+            match["file"],
+            revision=revision,
+            cache_dir=entry.cache_dir,
+            local_files_only=bool(offline),
+        )
     except Exception as error:  # its HTTP library, and with it the errors, differ between its versions
         if offline:
             raise DownloadError(f"{entry.url}: not in huggingface_hub's cache, and {offline} is set") from error
@@ -186,7 +202,7 @@ def _check_url(url: str, name: str = "") -> None:
     except ValueError:
         plain = False
     if not plain or not re.fullmatch(r'[!"$-~]+', url):
-        raise DownloadError(f"{name}{url}: expected https://host/folder/file with signs such as # and space written %23 and %20")
+        raise DownloadError(f"{name}{url}: expected https://host/folder/file without a user name, # and space written %23 and %20")
 
 
 def _offline() -> str | None:
@@ -310,4 +326,5 @@ def _download_from(source: str, entry: _Entry, progress: bool) -> None:
             longest = max(longest, length)
             if failures == _ATTEMPTS:
                 raise Refused(f"{error}, at {_ATTEMPTS} attempts") from error
+            _logger.info("%s: %s; asking again", source, error)
             time.sleep(_BACKOFF_S * 2 ** (failures - 1))

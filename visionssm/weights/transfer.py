@@ -23,7 +23,7 @@ from tqdm import tqdm
 from visionssm._version import __version__
 from visionssm.errors import first_line
 
-_TIMEOUT_S = 30.0  # of silence
+_TIMEOUT_S = 15.0  # of silence
 _CHUNK = 1 << 20
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses that may be gone at the next attempt
 _HTML = (b"<!doctype", b"<html")
