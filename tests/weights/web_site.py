@@ -1,8 +1,21 @@
-"""A web server on this machine whose pages misbehave as told."""
+"""A web server on this machine whose pages misbehave as told, and what tests of downloads ask of the result."""
 
+import hashlib
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from visionssm.errors import UserError
+from visionssm.weights.download import DownloadError, fetch
+
+CONTENT = bytes(range(256)) * 4096  # 1 MiB
+OTHER = bytes(reversed(CONTENT))
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+OTHER_SHA256 = hashlib.sha256(OTHER).hexdigest()
 
 
 @dataclass
@@ -116,3 +129,19 @@ class Site(ThreadingHTTPServer):
         """Put a page up; returns its URL."""
         self.pages[path] = page
         return self.address + path
+
+
+def complaint(url, **kwargs):
+    """The message of the error, which is one line."""
+    with pytest.raises(DownloadError) as caught:
+        fetch(url, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert isinstance(caught.value, UserError)
+    return message
+
+
+def cached(suffix=""):
+    """The files of the cache of that ending, besides locks."""
+    files = [path for path in Path(torch.hub.get_dir()).rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return sorted(path for path in files if path.name.endswith(suffix))
