@@ -20,8 +20,9 @@ states and a step of low rank R; an exponential, a logarithm and a division coun
 The published one is 9 B L D N, and B L D for the skip, with D the channels of all paths together and L the steps of the longest,
 since the published code pads all paths to that. It is the rule of VMamba and LocalVMamba (and stems from a parallel prefix scan).
 Their tables add it to the multiply-adds of matrix products and convolutions and to 5 for each value that a LayerNorm takes (4
-without weights); `FlopCount.macs` is that sum. Other tables count otherwise: Vim's leave the skips or the whole scan out,
-LocalVim's take one direction's convolution and projections for four and 5 N + 2 for a scan.
+without weights); `FlopCount.macs` is that sum. Other tables count otherwise: LocalVim's takes one direction's convolution and
+projections for four and 5 N + 2 for a scan; Vim was published without a counter, and what others quote for it (1.5 G for Vim-Ti,
+where `macs` is 1.8 G) takes less for its scans.
 """
 
 import math
