@@ -216,7 +216,7 @@ def test_hub_files_are_checked_and_recorded(hub):
 def test_hub_errors(hub, monkeypatch):
     url = "hf://owner/repository/model.pth"
     hub.error = huggingface_hub.errors.LocalEntryNotFoundError("404 Client Error.\n\nRepository Not Found for url: somewhere.")
-    assert complaint(url).startswith(f"{url}: 404 Client Error; ")
+    assert complaint(url).startswith(f"{url}: 404 Client Error. Repository Not Found for url: somewhere; ")
     monkeypatch.setenv("VISIONSSM_OFFLINE", "1")
     assert complaint(url) == f"{url}: not in huggingface_hub's cache, and VISIONSSM_OFFLINE is set"
     assert hub.calls[-1][1]["local_files_only"] is True

@@ -165,7 +165,7 @@ def _from_hub(entry: _Entry, progress: bool) -> Path:
         if offline:
             raise DownloadError(f"{entry.url}: not in huggingface_hub's cache, and {offline} is set") from error
         raise DownloadError(
-            f"{entry.url}: {first_line(error).rstrip('.')}; "
+            f"{entry.url}: {' '.join(str(error).split()).rstrip('.') or type(error).__name__}; "
             "if the hub cannot be reached, name a mirror in HF_ENDPOINT or download the file by hand and give its path"
         ) from error
     finally:
