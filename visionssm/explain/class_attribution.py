@@ -1,0 +1,123 @@
+"""Class-specific attribution: hidden attention weighted by the gradient of a class (arXiv 2403.01590, section 3.3)."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from visionssm.errors import UserError
+
+from . import published
+from .attention import Attention
+from .products import before, last_row, late_layer, layer_range
+from .recording import Tape, record
+
+
+def attribution(
+    model: nn.Module,
+    images: Tensor,
+    target: int | Tensor | None = None,
+    token: str | int | tuple[int, int] | None = None,
+    start_layer: int | None = None,
+    block: int | None = None,
+    as_published: bool = False,
+) -> Tensor:
+    """Mamba attribution: a token's row of the product over the layers of I + (g * alpha)^+, for one class.
+
+    alpha is the attention averaged over the channels. g_i is the gradient of the class's logit with respect to the gated scan
+    (what out_proj receives) at token i, averaged over the channels too; it weights the whole row i. The positive part is taken
+    element by element, so that rows have to be computed: O(L^2 E N) time, in blocks of memory O(L).
+
+    Args:
+        model: a classifier of the zoo. It is run once; its parameters' gradients are left alone.
+        images: `(batch, channels, H, W)`.
+        target: the class, one for all images or one each `(batch,)`; None for the predicted one.
+        token: as in `raw`.
+        start_layer: the first layer of the product; None for the late layers, as in `raw`.
+        block: rows of a matrix computed at once; None for as many as keep an intermediate map within 2^24 elements.
+        as_published: the published code's shortcuts, Vim only, see published.py.
+
+    Returns:
+        `(batch, rows, columns)` on the grid of `start_layer`, not negative.
+
+    Raises:
+        UserError: a model that cannot be recorded, a class, token or layer that is not there.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), record(model) as tape:
+        layers = layer_range(tape, late_layer(tape) if start_layer is None else start_layer, None)
+        with _taps(tape, layers) as taps:
+            logits = model(images.clone().requires_grad_())
+        chosen = class_logits(logits, target).sum()
+        wanted = [tap.stream if as_published else tap.gated for tap in taps]
+        gradients = torch.autograd.grad(chosen, wanted)
+    if as_published:
+        return published.attribution(tape, list(gradients), layers)
+    row = last_row(tape, token, layers)
+    for index, gradient in zip(reversed(layers), reversed(gradients), strict=True):
+        weight = gradient.to(row.dtype).mean(-1).flatten(1)  # [B, L]
+        row = row + _positive_product(tape.attention(index), row, weight, block)
+        if index > layers.start:
+            row = before(tape, index, row)
+    return tape.layout(layers.start).to_map(row)
+
+
+def class_logits(logits: Tensor, target: int | Tensor | None) -> Tensor:
+    """The logit of every image's class, `(batch,)`; of the largest where `target` is None.
+
+    Raises:
+        UserError: no logits, or a class that is not there.
+    """
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise UserError(f"model: expected logits (batch, classes), got {tuple(logits.shape)}; it needs a classifier")
+    batch, classes = logits.shape
+    if target is None:
+        return logits.amax(1)
+    index = torch.as_tensor(target, device=logits.device)
+    if index.is_floating_point() or index.dtype == torch.bool or index.shape not in ((), (batch,)):
+        raise UserError(f"target: expected a class, or one for each of {batch} images, got {target!r}")
+    wrong = index[(index < 0) | (index >= classes)]
+    if wrong.numel():
+        raise UserError(
+            f"target: class {int(wrong.flatten()[0])} is out of range; the model has {classes} classes, 0 to {classes - 1}"
+        )
+    return logits.gather(1, index.long().expand(batch).unsqueeze(1)).squeeze(1)
+
+
+@dataclass
+class _Tap:
+    """What one layer computed on the way to the logits: the gated scan, and the residual stream after the block."""
+
+    gated: Tensor | None = None
+    stream: Tensor | None = None
+
+
+@contextlib.contextmanager
+def _taps(tape: Tape, layers: range) -> Iterator[list[_Tap]]:
+    """Filled by the forward pass inside the context."""
+    taps = [_Tap() for _ in layers]
+    with contextlib.ExitStack() as stack:
+        for index, tap in zip(layers, taps, strict=True):
+            layer = tape.layers[index]
+
+            def keep_gated(module: nn.Module, args: tuple[Tensor], tap: _Tap = tap) -> None:
+                tap.gated = args[0]
+
+            def keep_stream(module: nn.Module, args: tuple, output: Tensor, tap: _Tap = tap) -> None:
+                tap.stream = output
+
+            block = tape.network.get_submodule(layer.name.rpartition(".")[0])
+            stack.callback(layer.mixer.out_proj.register_forward_pre_hook(keep_gated).remove)
+            stack.callback(block.register_forward_hook(keep_stream).remove)
+        yield taps
+
+
+def _positive_product(attention: Attention, row: Tensor, weight: Tensor, block: int | None) -> Tensor:
+    """`row` (batch, L) times the positive part of diag(`weight`) attention."""
+    total, first = torch.zeros_like(row), 0
+    for rows in attention.blocks(block):
+        part = slice(first, first + rows.shape[1])
+        total += torch.einsum("bi,bij->bj", row[:, part], (weight[:, part, None] * rows).clamp_min_(0))
+        first = part.stop
+    return total

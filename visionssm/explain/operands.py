@@ -1,0 +1,230 @@
+"""A mixer's scans as a linear map: what a scan reads, with dt, B and C fixed, and the factors before and after it.
+
+Notation of "The Hidden Attention of Mamba Models" (arXiv 2403.01590, section 3): along one path, in one channel, the scan is
+y = alpha v with alpha[i, j] = C_i (prod_{k=j+1..i} exp(dt_k A)) dt_j B_j for j <= i. Nothing here is of size L x L: alpha is only
+ever applied, by the library's operator.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionssm.layers.ss2d import SS2D
+from visionssm.layers.ssm_init import A_from_log
+from visionssm.layers.vim_mixer import VimMixer
+from visionssm.models.local_vim import LocalVimMixer, scan_paths
+from visionssm.ops import ScanPaths, cross_merge, cross_scan, cross_selective_scan, cross_selective_scan_packed
+
+
+@dataclass(frozen=True)
+class ScanOperands:
+    """The K scans of one mixer on one batch, without what they scan; P positions, E channels, N states.
+
+    Args:
+        x_dbl: dt | B | C packed: `(batch, H, W, K, R + 2N)`, or `(batch, K, L', R + 2N)` in the order of the paths. float32 or
+            float64.
+        A: `(K, E, N)`.
+        D: `(K, E)`.
+        paths: the K paths.
+        dt_weight: `(K, E, R)`, or None where dt comes at full width, R = E.
+        dt_bias: `(K, E)` or None.
+        dt_softplus: whether softplus is still to be applied to dt.
+        in_path_order: the layout of `x_dbl`. In the order of the paths padded steps hold values of their own.
+    """
+
+    x_dbl: Tensor
+    A: Tensor
+    D: Tensor
+    paths: ScanPaths
+    dt_weight: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool = True
+    in_path_order: bool = False
+
+    def direction(self, k: int) -> ScanOperands:
+        """Path `k` alone."""
+        paths = replace(self.paths, names=self.paths.names[k : k + 1])
+        one = slice(k, k + 1)
+        return replace(
+            self,
+            x_dbl=self.x_dbl[:, one, : paths.length] if self.in_path_order else self.x_dbl[:, :, :, one],
+            A=self.A[one],
+            D=self.D[one],
+            paths=paths,
+            dt_weight=None if self.dt_weight is None else self.dt_weight[one],
+            dt_bias=None if self.dt_bias is None else self.dt_bias[one],
+        )
+
+    def repeat(self, count: int) -> ScanOperands:
+        """Every sample `count` times."""
+        return self if count == 1 else replace(self, x_dbl=self.x_dbl.repeat_interleave(count, 0))
+
+    def absolute(self) -> ScanOperands:
+        """|B|, |C| and |D|: no element of this alpha is smaller than the magnitude of the same element of the true one."""
+        dt, B, C = self._split()
+        return replace(self, x_dbl=torch.cat([dt, B.abs(), C.abs()], dim=-1), D=self.D.abs())
+
+    def without_decay_at(self, position: int) -> ScanOperands:
+        """The step of one position 0: it neither decays what came before it nor is written; image order only."""
+        dt, B, C = self._split()
+        if self.dt_weight is not None:
+            dt = torch.einsum("bhwkr,kcr->bhwkc", dt, self.dt_weight)
+        if self.dt_bias is not None:
+            dt = dt + self.dt_bias
+        dt = F.softplus(dt) if self.dt_softplus else dt.clone()
+        dt[:, position // self.paths.size[1], position % self.paths.size[1]] = 0.0
+        return replace(self, x_dbl=torch.cat([dt, B, C], dim=-1), dt_weight=None, dt_bias=None, dt_softplus=False)
+
+    def read(self, v: Tensor) -> Tensor:
+        """Positions `(batch, P, E)`, shared by all paths, in the layout that `scan` takes."""
+        return cross_scan(v, self.paths) if self.in_path_order else v.unflatten(1, self.paths.size)
+
+    def scan(self, v: Tensor, skip: bool, merge: bool) -> Tensor:
+        """Alpha v, or (alpha + D) v.
+
+        Args:
+            v: from `read`, or one sequence per path: `(batch, K, H, W, E)`, `(batch, K, L', E)` in the order of the paths.
+            skip: add D v.
+            merge: sum the paths.
+
+        Returns:
+            Positions in raster order, `(batch, P, E)` or `(batch, K, P, E)`.
+        """
+        D = self.D if skip else None
+        options = {"dt_weight": self.dt_weight, "dt_bias": self.dt_bias, "dt_softplus": self.dt_softplus}
+        if self.in_path_order:
+            dt, B, C = self._split()
+            y = cross_selective_scan(v, dt, self.A, B, C, D, paths=self.paths, order="scan", **options)
+            y = cross_merge(y, self.paths, merge=merge)
+            return y if self.paths.token_at is not None else y.flatten(-3, -2)
+        y = cross_selective_scan_packed(v, self.x_dbl, self.A, D, paths=self.paths, merge=merge, **options)
+        return y.flatten(-3, -2)
+
+    def _split(self) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.A.shape[-1]
+        return self.x_dbl.split([self.x_dbl.shape[-1] - 2 * n, n, n], dim=-1)
+
+
+@dataclass(frozen=True)
+class MixerFactors:
+    """What the mixer does around its scans, linear for the recorded input.
+
+    Args:
+        right: `sigmoid(c)` in the layout of the scan, c the output of the convolution: SiLU as a factor.
+        left: the factor of the scans' outputs, `(batch, K or 1, P, E)`: gate, weights of the directions, scale of a norm.
+        convolve: positions `(batch, P, E)` -> c without its bias.
+    """
+
+    right: Tensor
+    left: Tensor
+    convolve: Callable[[Tensor], Tensor]
+
+    def direction(self, k: int, operands: ScanOperands) -> MixerFactors:
+        """Path `k` alone, whose operands are given."""
+        left = self.left if self.left.shape[1] == 1 else self.left[:, k : k + 1]
+        if not operands.in_path_order and self.right.dim() == 4:  # one map for all paths
+            return replace(self, left=left)
+
+        def cut(m: Tensor) -> Tensor:
+            return m[:, k : k + 1, : operands.paths.length] if operands.in_path_order else m[:, k : k + 1]
+
+        return MixerFactors(cut(self.right), left, lambda u: cut(self.convolve(u)))
+
+    def repeat(self, count: int) -> MixerFactors:
+        """Every sample `count` times."""
+        if count == 1:
+            return self
+        return replace(self, right=self.right.repeat_interleave(count, 0), left=self.left.repeat_interleave(count, 0))
+
+
+@functools.singledispatch
+def scan_operands(mixer: nn.Module, *inputs: object) -> ScanOperands:
+    """What the scans of `mixer` read when its forward is given `inputs`. A mixer class joins by registering here."""
+    raise TypeError(f"mixer: {type(mixer).__name__} has no known scan")
+
+
+@scan_operands.register
+def _(mixer: VimMixer, x: Tensor) -> ScanOperands:
+    x_dbl = mixer.scan_inputs(x)[1]
+    return _operands(mixer, x_dbl, ScanPaths(mixer.paths, (1, x.shape[1])))
+
+
+@scan_operands.register
+def _(mixer: SS2D, x: Tensor) -> ScanOperands:
+    return _operands(mixer, mixer.scan_inputs(x)[1], ScanPaths(mixer.paths, tuple(x.shape[1:3])))
+
+
+@scan_operands.register
+def _(mixer: LocalVimMixer, x: Tensor, size: tuple[int, int]) -> ScanOperands:
+    paths = scan_paths(mixer.paths, size, mixer.class_token)
+    return _operands(mixer, mixer.scan_inputs(x, paths)[1], paths, in_path_order=True)
+
+
+def _operands(mixer: nn.Module, x_dbl: Tensor, paths: ScanPaths, in_path_order: bool = False) -> ScanOperands:
+    A, D, weight, bias = A_from_log(mixer.A_logs), mixer.Ds, mixer.dt_projs_weight, mixer.dt_projs_bias
+    dtype = torch.promote_types(x_dbl.dtype, A.dtype)  # at least float32
+    x_dbl, A, D, weight, bias = (m.to(dtype) for m in (x_dbl, A, D, weight, bias))
+    return ScanOperands(x_dbl, A, D, paths, weight, bias, in_path_order=in_path_order)
+
+
+@functools.singledispatch
+def mixer_factors(mixer: nn.Module, operands: ScanOperands, *inputs: object) -> MixerFactors:
+    """The factors around the scans of `mixer`, given what `scan_operands` made of the same `inputs`."""
+    raise TypeError(f"mixer: {type(mixer).__name__} has no known scan")
+
+
+@mixer_factors.register
+def _(mixer: VimMixer, operands: ScanOperands, x: Tensor) -> MixerFactors:
+    u, z = mixer.branches(x)
+    left = 0.5 * F.silu(z)
+    return _factors(operands, mixer.convolve, u, left.unsqueeze(1))
+
+
+@mixer_factors.register
+def _(mixer: SS2D, operands: ScanOperands, x: Tensor) -> MixerFactors:
+    u, z = mixer.branches(x)
+    y = operands.scan(F.silu(mixer.convolve(u)).to(operands.A.dtype), skip=True, merge=mixer.scan_attn is None)
+    left = None
+    if mixer.scan_attn is None:
+        left = y.new_ones(())
+    else:
+        left = _weights(mixer.scan_attn, y)
+        y = (y * left).sum(1)
+    scale = mixer.out_norm.weight * (y.var(-1, unbiased=False, keepdim=True) + mixer.out_norm.eps).rsqrt()
+    if z is not None:
+        scale = scale * F.silu(z.flatten(1, 2))
+    return _factors(operands, mixer.convolve, u.flatten(1, 2), left * scale.unsqueeze(1), u.shape[1:3])
+
+
+@mixer_factors.register
+def _(mixer: LocalVimMixer, operands: ScanOperands, x: Tensor, size: tuple[int, int]) -> MixerFactors:
+    u, z = mixer.branches(x)
+    v = F.silu(mixer.convolve(u, operands.paths)).to(operands.A.dtype)
+    gate = F.silu(z).unsqueeze(1)
+    left = gate * _weights(mixer.attn, operands.scan(v, skip=True, merge=False) * gate)
+    return _factors(operands, functools.partial(mixer.convolve, paths=operands.paths), u, left)
+
+
+def _weights(attn: nn.Module, y: Tensor) -> Tensor:
+    """BiAttn's weights of scans that are wider than the parameters may be."""
+    return attn.weights(y.to(attn.global_reduce.weight.dtype)).to(y.dtype)
+
+
+def _factors(
+    operands: ScanOperands, convolve: Callable[[Tensor], Tensor], u: Tensor, left: Tensor, size: tuple[int, int] | None = None
+) -> MixerFactors:
+    """`u` and the argument of the result's `convolve` are flat, `(batch, P, E)`; `size` is that of a map."""
+    dtype = operands.A.dtype
+
+    def convolved(u: Tensor) -> Tensor:
+        return convolve(u if size is None else u.unflatten(1, size))
+
+    bias = convolved(torch.zeros_like(u[:1]))
+    right = convolved(u).sigmoid().to(dtype)
+    return MixerFactors(right, left.to(dtype), lambda m: (convolved(m.to(u.dtype)) - bias).to(dtype))
