@@ -47,7 +47,7 @@ def test_another_cache(site, hub, tmp_path):
     assert cached() == []
 
 
-@pytest.mark.parametrize("name", ["..%2F..%2Fevil.pth", "%2e%2e", ".hidden", "a%00b.pth", "x" * 300 + ".pth", ""])
+@pytest.mark.parametrize("name", ["..%2F..%2Fevil.pth", "%2e%2e", ".hidden", "a%00b.pth", "x" * 300 + ".pth", "%E5%9B%BE" * 99, ""])
 def test_file_names_stay_in_the_cache(site, name):
     path = fetch(site.serve(Page(CONTENT), f"/v1/{name}"))
     assert path.parents[3] == Path(torch.hub.get_dir()).resolve().parent / "hub"

@@ -65,7 +65,7 @@ class _Entry:
     @property
     def file(self) -> Path:
         """The file of the cache; there only when it is whole."""
-        name = re.sub(r"[^\w.+-]", "_", unquote(urlsplit(self.url).path).rpartition("/")[2])[-128:].lstrip(".")
+        name = re.sub(r"[^A-Za-z0-9_.+-]", "_", unquote(urlsplit(self.url).path).rpartition("/")[2])[-128:].lstrip(".")
         folder = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         cache = self.cache_dir or Path(torch.hub.get_dir(), "checkpoints")
         return cache / "visionssm" / folder / (name or "file")
