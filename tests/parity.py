@@ -74,3 +74,12 @@ def table() -> list[str]:
         worst = f"{max(errors.values()):.1e} ({max(errors, key=errors.get)})" if errors else "-"
         lines.append(f"{golden:36} {case:24} {logits:>10}   {worst}")
     return [f"{'model':36} {'case':24} {'logits':>10}   worst feature", *lines] if lines else []
+
+
+def worst_logits() -> dict[str, dict]:
+    """By golden record the number of cases and the largest error of a logit, relative to the largest logit."""
+    errors = {}
+    for golden, case, what, error in ROWS:
+        if what == "logits":
+            errors.setdefault(golden, {})[case] = error
+    return {golden: {"cases": len(cases), "logits": float(f"{max(cases.values()):.1e}")} for golden, cases in errors.items()}

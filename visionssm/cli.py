@@ -88,6 +88,12 @@ def _positive(text: str) -> int:
     return number
 
 
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 0")
+    return int(text)
+
+
 def _add_list(commands: Any) -> None:
     parser = _command(commands, "list", "list the models", "visionssm list 'vmamba_tiny*'")
     parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a pattern with * and ?; default: all")
@@ -156,6 +162,126 @@ def _classify(args: argparse.Namespace) -> int:
     return status
 
 
+def _add_download(commands: Any) -> None:
+    example = "visionssm download vmamba_tiny_s1l8.in1k --to weights --format safetensors"
+    parser = _command(commands, "download", "fetch a published checkpoint and say where it lies", example)
+    parser.add_argument("name", metavar="NAME.TAG", help="a checkpoint, see visionssm list --pretrained")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="an existing folder to put it in; default: only the download cache")
+    parser.add_argument(
+        "--format",
+        choices=("original", "safetensors"),
+        default="original",
+        help="the file as published, or its weights alone under our names; default: original",
+    )
+    parser.set_defaults(run=_download)
+
+
+def _download(args: argparse.Namespace) -> int:
+    from .commands.weights import download_to
+
+    print(download_to(args.name, args.to, args.format))
+    return 0
+
+
+def _add_convert(commands: Any) -> None:
+    example = "visionssm convert vssm1_tiny_0230s_ckpt_epoch_264.pth --model vmamba_tiny_s1l8 -o vmamba_tiny.safetensors"
+    parser = _command(commands, "convert", "write a checkpoint under our names, as safetensors", example)
+    _add_checkpoint(parser)
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the .safetensors file to write")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .commands.weights import convert_file
+
+    print(convert_file(args.file, args.model, args.out, args.entry))
+    return 0
+
+
+def _add_verify(commands: Any) -> None:
+    example = "visionssm verify vssm1_tiny_0230s_ckpt_epoch_264.pth --model vmamba_tiny_s1l8 --image cat.jpg"
+    parser = _command(commands, "verify", "load a checkpoint, report what it holds, classify an image", example)
+    _add_checkpoint(parser)
+    parser.add_argument("--image", type=Path, metavar="IMAGE", help="an image to classify; default: a plain gradient")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .commands.weights import verify_file
+
+    for line in verify_file(args.file, args.model, args.image, args.entry):
+        print(line, flush=True)
+    return 0
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="a published checkpoint, also a detector's or segmentor's, or one of ours"
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="the model that it is of, see visionssm list")
+    parser.add_argument(
+        "--entry", metavar="KEY", help="the file's entry with the weights, e.g. model_ema; default: model or state_dict"
+    )
+
+
+def _add_explain(commands: Any) -> None:
+    example = "visionssm explain work_dirs/vmamba-nano_digits seven.png -o seven_explained.png --method attribution"
+    parser = _command(commands, "explain", "draw what a model looks at in images", example)
+    parser.add_argument("model", metavar="NAME_OR_CHECKPOINT", help="as for visionssm classify")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="an image file")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="PICTURE", help="the picture to draw, e.g. a .png")
+    methods = "rollout (default), attribution, raw, gradient, gradient_x_input or integrated_gradients"
+    parser.add_argument("--method", default="rollout", metavar="METHOD", help=methods)
+    parser.add_argument("--class", dest="target", type=_number, metavar="N", help="the class to explain; default: predicted")
+    parser.add_argument("--layer", type=_number, metavar="K", help="the layer whose paths are drawn and where the method starts")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from .commands.classifier import load_classifier
+    from .commands.explain import check_method, draw_explanations, explain_image
+    from .commands.picture import new_figure
+
+    check_method(args.method)
+    new_figure(args.out, args.images)
+    classifier = load_classifier(args.model, args.device)
+    print(classifier.description, flush=True)
+    explanations, status = [], 0
+    for path in args.images:
+        try:
+            explanations.append(explain_image(classifier, path, args.method, args.target, args.layer))
+        except UserError as error:
+            complain(args, error)
+            status = 1
+            continue
+        print(f"{path}: {explanations[-1].name}, {explanations[-1].probability:.1%}", flush=True)
+    if explanations:
+        draw_explanations(explanations, args.method, args.out)
+        print(args.out)
+    return status
+
+
+def _add_erf(commands: Any) -> None:
+    example = "visionssm erf vmamba_tiny_s1l8 -o erf.png"
+    parser = _command(commands, "erf", "draw the effective receptive field of a model", example)
+    model = "as for visionssm classify; a name without published weights gets fresh ones"
+    parser.add_argument("model", metavar="NAME_OR_CHECKPOINT", help=model)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", type=Path, help="image files; default: noise")
+    parser.add_argument("-o", "--out", type=Path, default=Path("erf.png"), metavar="PICTURE", help="default: erf.png")
+    parser.add_argument("--size", type=_positive, metavar="PIXELS", help="side of the images; default: the model's own")
+    parser.add_argument("--untrained", action="store_true", help="fresh weights, also where weights are published")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    parser.set_defaults(run=_erf)
+
+
+def _erf(args: argparse.Namespace) -> int:
+    from .commands.explain import receptive_field
+
+    print(*receptive_field(args.model, args.images, args.out, args.size, args.untrained, args.device), sep="\n")
+    return 0
+
+
 def _add_env(commands: Any) -> None:
     parser = _command(commands, "env", "show versions, devices and which operator backends run here", "visionssm env")
     parser.set_defaults(run=_env)
@@ -168,4 +294,4 @@ def _env(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = (_add_list, _add_info, _add_classify, _add_env)
+COMMANDS = (_add_list, _add_info, _add_classify, _add_explain, _add_erf, _add_download, _add_convert, _add_verify, _add_env)

@@ -1,14 +1,12 @@
 """A cache and a web server for the tests of downloads."""
 
-from importlib import import_module
-
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from web_site import CONTENT, Site
 
-download = import_module("visionssm.weights.download")  # the package has a function of that name
+from visionssm.weights import cache
 
 
 @pytest.fixture
@@ -19,7 +17,7 @@ def empty_cache(tmp_path, monkeypatch):
         monkeypatch.delenv(name.lower(), raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(download, "_BACKOFF_S", 0)
+    monkeypatch.setattr(cache, "_BACKOFF_S", 0)
 
 
 @pytest.fixture(scope="module")

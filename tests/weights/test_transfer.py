@@ -5,17 +5,15 @@ import socket
 import ssl
 import sys
 import threading
-from importlib import import_module
 from urllib.error import URLError
 from urllib.request import Request
 
 import pytest
 from web_site import CONTENT, OTHER, OTHER_SHA256, SHA256, Page, cached, complaint
 
-from visionssm.weights import transfer
-from visionssm.weights.download import fetch
+from visionssm.weights import cache, transfer
+from visionssm.weights.cache import fetch
 
-download = import_module("visionssm.weights.download")  # the package has a function of that name
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
@@ -173,8 +171,8 @@ def test_statuses_that_pass(site):
 
 def test_waits_grow(site, monkeypatch):
     waits = []
-    monkeypatch.setattr(download, "_BACKOFF_S", 0.5)
-    monkeypatch.setattr(download.time, "sleep", waits.append)
+    monkeypatch.setattr(cache, "_BACKOFF_S", 0.5)
+    monkeypatch.setattr(cache.time, "sleep", waits.append)
     complaint(site.serve(Page(CONTENT, statuses=[503] * 4)))
     assert waits == [0.5, 1.0, 2.0]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from visionssm.errors import UserError
-from visionssm.weights.download import DownloadError, fetch
+from visionssm.weights.cache import DownloadError, fetch
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 OTHER = bytes(reversed(CONTENT))

@@ -22,10 +22,11 @@ from timm.models import is_model, list_models
 from torch import nn
 
 from visionssm.errors import UserError, did_you_mean, first_line, key_mismatch
+from visionssm.weights import read_checkpoint
 
-from .checkpoint import read_checkpoint, read_config
 from .images import open_image
 from .models import check_model, zoo
+from .run_config import read_config
 
 _PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 _LOAD_ERRORS = (OSError, RuntimeError, TypeError, ValueError, KeyError, AttributeError, SafetensorError)
@@ -66,7 +67,6 @@ class Classifier:
         size = " x ".join(map(str, self.data_config["input_size"][1:]))
         return f"{cfg['architecture']} from {self.source}: {self.model.num_classes} classes, {size} pixels, on {self.device}"
 
-    @torch.inference_mode()
     def classify(self, path: Path, top: int = 5) -> Prediction:
         """The likeliest classes of an image file; all of them where the model has fewer than `top`.
 
@@ -74,13 +74,20 @@ class Classifier:
             UserError: a file that is not a readable image.
         """
         image = open_image(path, channels=self.data_config["input_size"][0])
+        return Prediction(path, image, self.likeliest(image, top))
+
+    @torch.inference_mode()
+    def likeliest(self, image: Image.Image, top: int = 5) -> list[tuple[str, float]]:
+        """The names and probabilities of the likeliest classes, at most `top`, the likeliest first.
+
+        Raises:
+            UserError: the model's output is not finite.
+        """
         logits = self.model(self.transform(image)[None].to(self.device))[0].float()
         if not logits.isfinite().all():
-            raise UserError(f"{path}: the model's output is not finite; its weights may be broken")
+            raise UserError(f"{self.source}: the model's output is not finite; its weights may be broken")
         scores, indices = logits.softmax(0).topk(min(top, len(logits)))
-        return Prediction(
-            path, image, [(self.name_of(i), score) for i, score in zip(indices.tolist(), scores.tolist(), strict=True)]
-        )
+        return [(self.name_of(i), score) for i, score in zip(indices.tolist(), scores.tolist(), strict=True)]
 
 
 def load_classifier(name_or_checkpoint: str, device: str | None = None) -> Classifier:
@@ -119,6 +126,8 @@ def _load_published(name: str) -> nn.Module:
         )
     try:
         return timm.create_model(name, pretrained=True)
+    except UserError:
+        raise
     except _LOAD_ERRORS as error:
         raise UserError(f"{name}: its weights cannot be loaded: {first_line(error)}") from error
 

@@ -11,39 +11,60 @@ from .classifier import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_IMAGES = 100  # a row each; more make a picture that viewers refuse
 _THUMBNAIL = (480, 320)
 
 
-class Picture:
-    """Collects predictions and draws them; refuses what cannot be drawn before any work is done.
+def new_figure(path: Path, images: Sequence[Path]) -> "Figure":
+    """An empty figure for `path`; refuses what cannot be written before any work is done.
 
     Args:
         path: the file to write; its suffix is the format.
-        images: the images to be classified, none of which may be overwritten.
+        images: the images that go into it, none of which may be overwritten.
 
     Raises:
         UserError: matplotlib is missing, an unknown suffix, no such folder, an image of the same path.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--out: a picture needs matplotlib: pip install 'visionssm[train]'") from None
+    figure = Figure(layout="constrained")
+    kinds = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise UserError(
+            f"--out: {path}: cannot write {path.suffix or 'a file without a suffix'}, expected one of {', '.join(kinds)}"
+        )
+    if not path.parent.is_dir():
+        raise UserError(f"--out: {path.parent}: no such folder")
+    if path.is_dir():
+        raise UserError(f"--out: {path}: a folder, expected a file")
+    if path.resolve() in {image.resolve() for image in images}:
+        raise UserError(f"--out: {path} is one of the images and would be overwritten")
+    return figure
+
+
+def write_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure at 100 dots per inch.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # class names in scripts that the font lacks
+        try:
+            figure.savefig(path, dpi=100)
+        except OSError as error:
+            raise UserError(f"--out: {path}: {first_line(error)}") from error
+
+
+class Picture:
+    """Collects predictions and draws them; path, images and errors as in `new_figure`."""
 
     def __init__(self, path: Path, images: Sequence[Path]) -> None:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise UserError("--out: a picture needs matplotlib: pip install 'visionssm[train]'") from None
-        self.figure = Figure(layout="constrained")
-        kinds = self.figure.canvas.get_supported_filetypes()
-        if path.suffix[1:].lower() not in kinds:
-            raise UserError(
-                f"--out: {path}: cannot write {path.suffix or 'a file without a suffix'}, expected one of {', '.join(kinds)}"
-            )
-        if not path.parent.is_dir():
-            raise UserError(f"--out: {path.parent}: no such folder")
-        if path.is_dir():
-            raise UserError(f"--out: {path}: a folder, expected a file")
-        if path.resolve() in {image.resolve() for image in images}:
-            raise UserError(f"--out: {path} is one of the images and would be overwritten")
+        self.figure = new_figure(path, images)
         self.path = path
         self.predictions: list[Prediction] = []
         self.left_out = 0
@@ -71,12 +92,7 @@ class Picture:
             left.set(xticks=[], yticks=[])
             left.set_title(prediction.path.name, fontsize=9, parse_math=False)
             self._draw_bars(right, prediction)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from")  # class names in scripts that the font lacks
-            try:
-                self.figure.savefig(self.path, dpi=100)
-            except OSError as error:
-                raise UserError(f"--out: {self.path}: {first_line(error)}") from error
+        write_figure(self.figure, self.path)
         return f"{self.path} (the first {rows} images)" if self.left_out else str(self.path)
 
     @staticmethod

@@ -1,52 +1,79 @@
-"""From a checkpoint file's content to the weights of one model."""
+"""From a checkpoint to the weights of one model, and from a published name to a model with weights."""
 
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from visionssm.errors import UserError, shortened
+from visionssm.weights.loading import load_source
+from visionssm.weights.reading import read_checkpoint, select_weights
 
-_CONTAINERS = ("model", "state_dict")
+_BACKBONE = "backbone."
 
 
-def unwrap(state_dict: dict[str, Any]) -> dict[str, Tensor]:
+def unwrap(state_dict: dict[str, Any], entry: str | None = None) -> dict[str, Tensor]:
     """The weights in a checkpoint file's content, under bare names.
 
     Args:
-        state_dict: names to tensors, or a dict that holds it under `model` or `state_dict`; names may begin with `module.`, once or
-            twice. If any name begins with `backbone.`, a detector's or segmentor's, only those are kept.
+        state_dict: names to tensors, or a dict that holds it, see `visionssm.weights.select_weights`; names may begin with
+            `module.`, once or twice. If any name begins with `backbone.`, a detector's or segmentor's, only those are kept.
+        entry: which entry of the content to take.
 
     Returns:
         Names to tensors, in the same order.
     """
-    for container in _CONTAINERS:
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    weights = {name.removeprefix("module.").removeprefix("module."): value for name, value in state_dict.items()}
-    if any(name.startswith("backbone.") for name in weights):
-        weights = {name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")}
+    weights = strip_wrappers(select_weights(state_dict, entry))
+    if any(name.startswith(_BACKBONE) for name in weights):
+        weights = {name.removeprefix(_BACKBONE): value for name, value in weights.items() if name.startswith(_BACKBONE)}
     return weights
 
 
-def load_checkpoint(model: nn.Module, content: dict[str, Any]) -> None:
+def strip_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the `module.` that data parallelism and moving averages put before them, once each."""
+    return {name.removeprefix("module.").removeprefix("module."): value for name, value in weights.items()}
+
+
+def load_checkpoint(model: nn.Module, source: str | Path | dict[str, Any], entry: str | None = None) -> None:
     """Load a published checkpoint, of whichever generation of key names, or one of ours, completely or not at all.
 
     Args:
         model: a model of this zoo.
-        content: what `torch.load(file, weights_only=True)` returns, or a state dict.
+        source: a checkpoint file, read without running anything in it; or its content; or a state dict.
+        entry: which entry of the content holds the weights, e.g. "model_ema"; None takes "model" or "state_dict".
 
     Raises:
-        TypeError: `content` is no dict, or the model none of this zoo.
-        UserError: the checkpoint is of another variant; the message lists a few missing, unexpected and misshapen parameters. A
-            ValueError.
+        TypeError: `source` is none of these, or the model none of this zoo.
+        UserError: a file that cannot be read, or a checkpoint of another variant; the message lists a few missing, unexpected and
+            misshapen parameters. A ValueError.
     """
-    if not isinstance(content, dict):
-        raise TypeError(f"content: expected a dict of a checkpoint file, got {type(content).__name__}")
+    if isinstance(source, (str, Path)):
+        source = read_checkpoint(source)
+    if not isinstance(source, dict):
+        raise TypeError(f"source: expected a path or a dict of a checkpoint file, got {type(source).__name__}")
     family = sys.modules[type(model).__module__]
     if not hasattr(family, "checkpoint_filter_fn"):
         raise TypeError(f"model: expected one of visionssm's models, got {type(model).__name__}")
-    weights = family.checkpoint_filter_fn(content, model)
+    weights = family.checkpoint_filter_fn(unwrap(source, entry), model)
+    check_fit(weights, model)
+    model.load_state_dict(weights, strict=True)
+
+
+def check_fit(weights: dict[str, Tensor], model: nn.Module, source: str = "checkpoint", adaptable: Sequence[str] = ()) -> None:
+    """Refuse weights that are not the model's.
+
+    Args:
+        weights: names to tensors.
+        model: the model to load them into.
+        source: names the checkpoint in the message.
+        adaptable: modules whose parameters may be missing or of another shape.
+
+    Raises:
+        UserError: lists a few missing, unexpected and misshapen parameters.
+    """
     own = model.state_dict()
     shapes = [f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}" for k, v in weights.items() if k in own and v.shape != own[k].shape]
     reasons = {
@@ -54,7 +81,43 @@ def load_checkpoint(model: nn.Module, content: dict[str, Any]) -> None:
         "unexpected": [name for name in weights if name not in own],
         "of other shapes": shapes,
     }
+    ignored = tuple(f"{module}." for module in adaptable)
+    reasons = {what: [name for name in names if not name.startswith(ignored)] for what, names in reasons.items()}
     if any(reasons.values()):
         listing = "; ".join(f"{what} {shortened(names, 3)}" for what, names in reasons.items() if names)
-        raise UserError(f"checkpoint: of another model than this {type(model).__name__}: {listing}")
-    model.load_state_dict(weights, strict=True)
+        raise UserError(f"{source}: of another model than this {type(model).__name__}: {listing}")
+
+
+def build_model(
+    model_cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    pretrained_filter_fn: Callable[[dict[str, Any], nn.Module], dict[str, Tensor]],
+    **kwargs: Any,
+) -> nn.Module:
+    """Timm's `build_model_with_cfg`, but weights from a URL or a file come through `visionssm.weights`.
+
+    timm then adapts the clean weights to `num_classes`, `in_chans` and `features_only` as it does its own.
+
+    Raises:
+        UserError: weights that are not published, cannot be had or read, or are of another model.
+    """
+    source = None
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        source = load_source(cfg, variant, kwargs.pop("cache_dir", None))
+    if source is None:
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
+
+    def filter_fn(_: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        weights = pretrained_filter_fn(source.weights, model)
+        check_fit(weights, model, source.name, adaptable=(cfg.classifier, cfg.first_conv))
+        return weights
+
+    # timm copies its config, so the weights do not travel in it: an entry that only says where they come from stands for them.
+    kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": {"source": source.name}}
+    model = build_model_with_cfg(model_cls, variant, True, pretrained_filter_fn=filter_fn, **kwargs)
+    for built in (model, getattr(model, "model", None)):  # with features_only a wrapper and what it wraps
+        if built is not None:
+            built.pretrained_cfg.pop("state_dict")
+    return model

@@ -25,7 +25,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor
@@ -34,8 +34,9 @@ from visionssm.layers.local_mixer import BiAttn, check_layer_paths
 from visionssm.layers.patch_embed import check_image
 from visionssm.layers.pos_embed import insert_token, resample_tokens, take_token
 from visionssm.layers.ssm_init import A_from_log, init_A_log_
-from visionssm.models._checkpoint import unwrap
+from visionssm.models._checkpoint import build_model, unwrap
 from visionssm.ops import ScanPaths, cross_merge, cross_scan, cross_selective_scan
+from visionssm.weights.table import published_cfgs
 
 __all__ = ["LocalVim"]
 
@@ -628,19 +629,21 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "local_vim_nano": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-        "local_vim_tiny": _cfg(),
-        "local_vim_tiny_midclstok": _cfg(),
-        "local_vim_small": _cfg(),
-    }
+    published_cfgs(
+        {
+            "local_vim_nano": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
+            "local_vim_tiny": _cfg(),
+            "local_vim_tiny_midclstok": _cfg(),
+            "local_vim_small": _cfg(),
+        }
+    )
 )
 
 
 def _create_local_vim(variant: str, pretrained: bool = False, depth: int = 20, **kwargs: Any) -> LocalVim:
     quarters = tuple(depth * (i + 1) // 4 - 1 for i in range(4))  # (4, 9, 14, 19), as in the published detectors
     out_indices = kwargs.pop("out_indices", quarters)
-    return build_model_with_cfg(
+    return build_model(
         LocalVim,
         variant,
         pretrained,

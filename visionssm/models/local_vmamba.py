@@ -10,13 +10,15 @@ from typing import Any
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor
 
 from visionssm.layers.local_mixer import BiAttn, check_layer_paths
 from visionssm.layers.patch_embed import PatchStem
 from visionssm.models import vmamba
+from visionssm.models._checkpoint import build_model
+from visionssm.weights.table import published_cfgs
 
 __all__ = ["LocalVMamba"]
 
@@ -140,17 +142,19 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "local_vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
-        "local_vmamba_tiny": _cfg(),
-        "local_vmamba_small": _cfg(),
-    }
+    published_cfgs(
+        {
+            "local_vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+            "local_vmamba_tiny": _cfg(),
+            "local_vmamba_small": _cfg(),
+        }
+    )
 )
 
 
 def _create_local_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
+    return build_model(
         LocalVMamba,
         variant,
         pretrained,

@@ -23,7 +23,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor
@@ -31,7 +31,8 @@ from torch import Tensor
 from visionssm.layers.patch_embed import check_image
 from visionssm.layers.pos_embed import insert_token, resample_tokens, take_token
 from visionssm.layers.vim_mixer import VimMixer
-from visionssm.models._checkpoint import unwrap
+from visionssm.models._checkpoint import build_model, unwrap
+from visionssm.weights.table import published_cfgs
 
 __all__ = ["VisionMamba"]
 
@@ -433,20 +434,22 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "vim_nano": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
-        "vim_tiny_patch16_224": _cfg(),
-        "vim_tiny_patch16_stride8_224": _cfg(),
-        "vim_small_patch16_224": _cfg(),
-        "vim_small_patch16_stride8_224": _cfg(),
-        "vim_base_patch16_224": _cfg(),
-    }
+    published_cfgs(
+        {
+            "vim_nano": _cfg(input_size=(3, 32, 32), crop_pct=1.0),
+            "vim_tiny_patch16_224": _cfg(),
+            "vim_tiny_patch16_stride8_224": _cfg(),
+            "vim_small_patch16_224": _cfg(),
+            "vim_small_patch16_stride8_224": _cfg(),
+            "vim_base_patch16_224": _cfg(),
+        }
+    )
 )
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
+    return build_model(
         VisionMamba,
         variant,
         pretrained,

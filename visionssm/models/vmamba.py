@@ -16,15 +16,16 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor
 
 from visionssm.layers.patch_embed import ConvDownsample, ConvStem, PatchStem
 from visionssm.layers.ss2d import SS2D
-from visionssm.models._checkpoint import unwrap
+from visionssm.models._checkpoint import build_model, unwrap
 from visionssm.ops import CROSS
+from visionssm.weights.table import published_cfgs
 
 __all__ = ["VMamba"]
 
@@ -370,23 +371,22 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         A state dict for `model.load_state_dict(..., strict=True)`.
     """
     state_dict = unwrap(state_dict)
+    last = f"outnorm{len(model.layers) - 1}."
+    state_dict = {k.replace(last, "norm."): v for k, v in state_dict.items() if k.startswith(last) or not k.startswith("outnorm")}
     if not any(k.startswith(("layers.0.downsample.", "patch_embed.0.")) for k in state_dict):
         return state_dict
 
     stem = ("conv1", "norm1") if isinstance(model.patch_embed, ConvStem) else ("proj", "norm")
-    last = len(model.layers) - 1
     out = {}
     for published, value in state_dict.items():
-        key = published.replace(f"outnorm{last}.", "norm.")
-        if key.startswith("outnorm"):
-            continue
+        key = published
         for pattern, name in _PUBLISHED_NAMES:
             key = re.sub(pattern, name.format(*stem) if "{" in name else name, key)
         # a stage ends with its downsampling there and begins with it here
         key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key)
-        if key.endswith((".A_logs", ".Ds")):  # (K * C, ...), direction-major
-            directions = state_dict[published.rsplit(".", 1)[0] + ".x_proj_weight"].shape[0]
-            value = value.unflatten(0, (directions, -1))
+        projection = state_dict.get(published.rsplit(".", 1)[0] + ".x_proj_weight")
+        if key.endswith((".A_logs", ".Ds")) and projection is not None:  # (K * C, ...), direction-major
+            value = value.unflatten(0, (projection.shape[0], -1))
         elif key.endswith(_LINEAR_WEIGHTS):  # (out, in, 1, 1) from channel-first code
             value = value.flatten(1)
         out[key] = value
@@ -413,25 +413,27 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
-        "vmamba_tiny_s1l8": _cfg(),
-        "vmamba_small_s1l20": _cfg(),
-        "vmamba_base_s1l20": _cfg(),
-        "vmamba_tiny_s2l5": _cfg(),
-        "vmamba_small_s2l15": _cfg(),
-        "vmamba_base_s2l15": _cfg(),
-        "vmamba_tiny_0220": _cfg(),
-        "vanilla_vmamba_tiny": _cfg(first_conv="patch_embed.proj"),
-        "vanilla_vmamba_small": _cfg(first_conv="patch_embed.proj"),
-        "vanilla_vmamba_base": _cfg(first_conv="patch_embed.proj"),
-    }
+    published_cfgs(
+        {
+            "vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+            "vmamba_tiny_s1l8": _cfg(),
+            "vmamba_small_s1l20": _cfg(),
+            "vmamba_base_s1l20": _cfg(),
+            "vmamba_tiny_s2l5": _cfg(),
+            "vmamba_small_s2l15": _cfg(),
+            "vmamba_base_s2l15": _cfg(),
+            "vmamba_tiny_0220": _cfg(),
+            "vanilla_vmamba_tiny": _cfg(first_conv="patch_embed.proj"),
+            "vanilla_vmamba_small": _cfg(first_conv="patch_embed.proj"),
+            "vanilla_vmamba_base": _cfg(first_conv="patch_embed.proj"),
+        }
+    )
 )
 
 
 def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
+    return build_model(
         VMamba,
         variant,
         pretrained,

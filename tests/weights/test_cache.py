@@ -14,7 +14,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from web_site import CONTENT, OTHER, OTHER_SHA256, SHA256, Page, cached, complaint
 
 from visionssm.weights import transfer
-from visionssm.weights.download import fetch
+from visionssm.weights.cache import fetch
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -246,17 +246,16 @@ def test_processes_share_one_download(site):
     url = site.serve(Page(CONTENT, cuts=[400_000]))
     code = f"""
 import os, time
-from importlib import import_module
-download = import_module("visionssm.weights.download")
+from visionssm.weights import cache
 pids = []
 for _ in range(3):
     pids.append(os.fork())
     if not pids[-1]:
         if len(pids) == 1:
-            download.time.sleep = lambda seconds: os.kill(os.getpid(), 9)  # after its first, broken request
-        path = download.fetch({url!r})
+            cache.time.sleep = lambda seconds: os.kill(os.getpid(), 9)  # after its first, broken request
+        path = cache.fetch({url!r})
         os._exit(path.stat().st_size != {len(CONTENT)})
-    while len(pids) == 1 and not os.path.exists(download._Entry({url!r}).beside(".lock")):
+    while len(pids) == 1 and not os.path.exists(cache._Entry({url!r}).beside(".lock")):
         time.sleep(0.01)
 print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 """

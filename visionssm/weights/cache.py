@@ -252,7 +252,7 @@ def _complaint(file: Path, entry: _Entry, record: Path | None) -> str | None:
         return f"{length} bytes, expected {entry.size}"
     if entry.sha256 is None and record is None:
         return None
-    digest = _digest(file)
+    digest = sha256_of(file)
     if entry.sha256 not in (None, digest):
         return f"sha256 {digest}, expected {entry.sha256}"
     if record is None:
@@ -273,7 +273,8 @@ def _note_hash(record: Path, digest: str, name: str) -> None:
         _logger.warning("%s: the hash of the first use cannot be recorded: %s", record, error.strerror)
 
 
-def _digest(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """SHA-256 of the content of a file, hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):

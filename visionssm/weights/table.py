@@ -1,0 +1,154 @@
+"""The published checkpoints, read from checkpoints.json beside this file.
+
+The table is data: where each file lies, what its authors report of it, under which licence, and what is wrong with it.
+"""
+
+import json
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from visionssm.errors import UserError, did_you_mean, shortened
+
+STATUSES = ("available", "mislinked", "unreleased", "unsupported")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the checkpoints of one family share: where they come from, and the licence as stated."""
+
+    origin: str
+    paper: str
+    title: str
+    license: str
+    license_note: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One published file.
+
+    Attributes:
+        family: name of the `Family` it belongs to.
+        model: our model's name; None where no model of ours has its layout.
+        tag: names the file among those of the model, as in timm's `model.tag`.
+        task: "classification", "detection" or "segmentation".
+        url: https://..., or hf://owner/repository[@revision]/file; None where there is no file.
+        status: "available", or why it is not: one of `STATUSES`.
+        other_urls: older addresses of the same file name.
+        size_mb: its size in MB of 10^6 bytes, rounded, as a listing states it; None where unknown.
+        sha256: its hash as reported; None where unknown.
+        entry: which entry of the file holds the weights ("model", "model_ema", "state_dict"); None takes the only one.
+        reported: the authors' figures, by name.
+        config: the authors' config for it, a path in their repository.
+        log: address of the training log.
+        log_tta: address of the log of the test with augmentation.
+        notes: what one should know before use, in sentences.
+    """
+
+    family: str
+    model: str | None
+    tag: str
+    task: str
+    url: str | None
+    status: str = "available"
+    other_urls: tuple[str, ...] = ()
+    size_mb: float | None = None
+    sha256: str | None = None
+    entry: str | None = None
+    reported: dict[str, Any] = field(default_factory=dict)
+    config: str | None = None
+    log: str | None = None
+    log_tta: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`model.tag`."""
+        return f"{self.model}.{self.tag}" if self.model else self.tag
+
+    @property
+    def origin(self) -> Family:
+        """The family's facts."""
+        return families()[self.family]
+
+
+@cache
+def families() -> dict[str, Family]:
+    """The families by name."""
+    return {name: Family(**facts) for name, facts in _table()["families"].items()}
+
+
+@cache
+def _checkpoints() -> tuple[Checkpoint, ...]:
+    lists = ("other_urls", "notes")
+    return tuple(
+        Checkpoint(**{key: tuple(value) if key in lists else value for key, value in row.items()})
+        for row in _table()["checkpoints"]
+    )
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads((files(__package__) / "checkpoints.json").read_text(encoding="utf-8"))
+
+
+def checkpoints(pattern: str = "*", task: str | None = None, status: str | None = "available") -> list[Checkpoint]:
+    """The checkpoints whose names match.
+
+    Args:
+        pattern: for `Checkpoint.name`, with `*` and `?`.
+        task: only those of this task; None takes all.
+        status: only those of this status; None takes all, also those of which there is no file.
+    """
+    return [
+        row for row in _checkpoints() if fnmatch(row.name, pattern) and task in (None, row.task) and status in (None, row.status)
+    ]
+
+
+def find(name: str) -> Checkpoint:
+    """The checkpoint of a name, `model.tag`, or of a model that has only one for classification.
+
+    Raises:
+        UserError: no such checkpoint, or one without a file that our models can read; says why.
+    """
+    rows = checkpoints(name, status=None) if "." in name or name in (row.tag for row in _checkpoints()) else []
+    rows = rows or checkpoints(f"{name}.*", task="classification", status=None)
+    if not rows or any(sign in name for sign in "*?["):
+        tags = [row.name for row in checkpoints(f"{name.split('.')[0]}.*")]
+        near = did_you_mean(name, [row.name for row in checkpoints()]) or "; visionssm list --pretrained shows all"
+        raise UserError(f"no published checkpoint is called {name!r}{f'; its model has {shortened(tags)}' if tags else near}")
+    row = rows[0]
+    if row.status != "available":
+        raise UserError(f"{row.name} is {row.status}: {' '.join(row.notes)}")
+    return row
+
+
+def published_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Add what is published of each model to timm's pretrained configs.
+
+    Args:
+        cfgs: a config by model name.
+
+    Returns:
+        A config by `model.tag`, one for each available classifier of the table, or by `model` where there is none. The first tag
+        is timm's default.
+    """
+    result = {}
+    for model, cfg in cfgs.items():
+        rows = checkpoints(f"{model}.*", task="classification")
+        for row in rows:
+            result[row.name] = cfg | _timm_source(row) | {"license": row.origin.license, "notes": row.notes or None}
+        if not rows:
+            result[model] = cfg
+    return result
+
+
+def _timm_source(row: Checkpoint) -> dict[str, str]:
+    """Where timm's config says that the file lies."""
+    if not row.url.startswith("hf://"):
+        return {"url": row.url}
+    owner, repository, file = row.url.removeprefix("hf://").split("/", 2)
+    return {"url": "", "hf_hub_id": f"{owner}/{repository}", "hf_hub_filename": file}
