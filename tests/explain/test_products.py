@@ -22,18 +22,17 @@ def taped(kind):
 
 
 def footprint(tape, layer):
-    """The explicit matrix (coarse, fine) that divides a coarse token's share among the fine tokens under its window."""
+    """The explicit matrix (coarse, fine) that gives a fine token the mean of the coarse ones whose windows cover it."""
     (h, w), (height, width) = tape.layout(layer).grid, tape.layout(layer - 1).grid
     size, padding = (3, 1) if isinstance(tape.layers[layer].downsample, ConvDownsample) else (2, 0)
-    share = torch.zeros(h, w, height, width, dtype=torch.float64)
+    covers = torch.zeros(h, w, height, width, dtype=torch.float64)
     for y in range(h):
         for x in range(w):
             rows = [r for r in range(2 * y - padding, 2 * y - padding + size) if 0 <= r < height]
             columns = [c for c in range(2 * x - padding, 2 * x - padding + size) if 0 <= c < width]
-            for r in rows:
-                for c in columns:
-                    share[y, x, r, c] = 1 / (len(rows) * len(columns))
-    return share.flatten(2).flatten(0, 1)
+            covers[y, x, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = 1.0
+    covers = covers.flatten(2).flatten(0, 1)
+    return covers / covers.sum(0) * h * w / (height * width)
 
 
 def explicit_product(tape, layers, factor):
@@ -100,14 +99,36 @@ def test_stages_and_ranges():
 
 
 @pytest.mark.parametrize("kind", ["vmamba", "vanilla_vmamba"])
-def test_footprints_keep_the_sum(kind):
+def test_footprints(kind):
     tape = taped(kind)
     coarse = torch.rand(2, *tape.layout(1).grid, dtype=torch.float64)
     fine = to_finer_grid(tape.layers[1].downsample, coarse, tape.layout(0).grid)
     assert_close(fine.flatten(1), coarse.flatten(1) @ footprint(tape, 1), **EXACT)
-    assert_close(fine.sum((1, 2)), coarse.sum((1, 2)), **EXACT)
+    even = to_finer_grid(tape.layers[1].downsample, torch.full_like(coarse, 1 / coarse[0].numel()), tape.layout(0).grid)
+    assert_close(even, torch.full_like(even, 1 / even[0].numel()), **EXACT)
     with pytest.raises(UserError, match="footprint of a Linear is not known"):
         to_finer_grid(torch.nn.Linear(1, 1), coarse, (3, 3))
+
+
+def test_rollout_of_magnitudes(kind):
+    tape = taped(kind)
+
+    def factor(index):
+        attention = tape.attention(index)
+        parts = [attention.direction(k).magnitude().matrix(channels="all") for k in range(len(attention.paths))]
+        signed = [attention.direction(k).matrix(channels="all") for k in range(len(attention.paths))]
+        for part, true in zip(parts, signed, strict=True):
+            if kind == "vmamba":  # one state
+                assert_close(part, true.abs(), **EXACT)
+            assert (part >= true.abs() * (1 - 1e-9)).all()
+        matrix = torch.eye(attention.layout.tokens, dtype=torch.float64) + sum(parts).mean(2)
+        return matrix / matrix.sum(-1, keepdim=True)
+
+    product = explicit_product(tape, range(len(tape)), factor)
+    expected = torch.einsum("i,bij->bj", tape.layout(-1).weights("mean", product), product)
+    assert_close(rollout_row(tape, "mean", magnitude=True), expected, **EXACT)
+    with pytest.raises(UserError, match="magnitude"):
+        rollout(tape, include="mixer", magnitude=True)
 
 
 def test_raw_is_the_mean_row(kind):

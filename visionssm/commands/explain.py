@@ -170,7 +170,7 @@ def receptive_field(
     field = explain.effective_receptive_field(classifier.model, batch.to(classifier.device)).cpu()
     axes = figure.subplots()
     figure.set_size_inches(4, 4)
-    axes.imshow(field.sqrt(), cmap="inferno")
+    axes.imshow(field.sqrt().numpy(), cmap="inferno")
     axes.set(xticks=[], yticks=[])
     axes.set_title(f"{classifier.model.pretrained_cfg['architecture']}, {classifier.source}", fontsize=9, parse_math=False)
     write_figure(figure, out)

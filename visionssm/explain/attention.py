@@ -186,23 +186,30 @@ class Attention:
         with recomputation(self._operands.A):
             return self._linear(v.to(self._operands.A.dtype), 1)
 
+    def magnitude(self) -> Attention:
+        """The matrix with |B|, |C| and |D|: the magnitudes of the elements, per path and channel, where the scan has one state.
+
+        With more states an upper bound of them, since the terms of an element may have different signs.
+
+        Raises:
+            UserError: for "mixer".
+        """
+        if self._include == "mixer":
+            raise UserError('magnitude: include "mixer" has no cheap one; expected include "ssm" or "ssm+skip"')
+        return Attention(self._operands.absolute(), self.layout, None, self._include)
+
     def row_bound(self) -> Tensor:
         """An upper bound of the sum of magnitudes of every row of the channel-mean matrix, `(batch, L)`: one scan.
 
-        It is the row sum of the matrix with |B|, |C| and |D|: exact for each channel and path with one state, and unlike the sum
-        of the signed elements never near 0 for a row that is not.
+        The row sums of `magnitude`: unlike sums of signed elements, never near 0 for a row that is not.
 
         Raises:
             UserError: for "mixer".
         """
         if self._include == "mixer":
             raise UserError('normalize: rows of include "mixer" have no cheap bound; pass normalize=False, or include "ssm"')
-        ones = torch.ones(
-            self.batch, self.layout.tokens, self.channels, dtype=self._operands.A.dtype, device=self._operands.A.device
-        )
-        with recomputation(self._operands.A):
-            bound = self._operands.absolute()
-            return bound.scan(bound.read(ones), skip=self._include == "ssm+skip", merge=True).mean(-1)
+        ones = self._operands.A.new_ones(self.batch, self.layout.tokens, self.channels)
+        return self.magnitude().apply(ones).mean(-1)
 
     def to_map(self, rows: Tensor) -> Tensor:
         """Rows `(..., L)` on the grid, `(..., rows, columns)`; a class token is dropped."""

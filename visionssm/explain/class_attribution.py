@@ -49,7 +49,7 @@ def attribution(
         layers = layer_range(tape, late_layer(tape) if start_layer is None else start_layer, None)
         with _taps(tape, layers) as taps:
             logits = model(images.clone().requires_grad_())
-        chosen = class_logits(logits, target).sum()
+        chosen = logits.gather(1, check_target(logits, target).unsqueeze(1)).sum()
         wanted = [tap.stream if as_published else tap.gated for tap in taps]
         gradients = torch.autograd.grad(chosen, wanted)
     if as_published:
@@ -63,8 +63,8 @@ def attribution(
     return tape.layout(layers.start).to_map(row)
 
 
-def class_logits(logits: Tensor, target: int | Tensor | None) -> Tensor:
-    """The logit of every image's class, `(batch,)`; of the largest where `target` is None.
+def check_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
+    """The class of every image, `(batch,)`; that of the largest logit where `target` is None.
 
     Raises:
         UserError: no logits, or a class that is not there.
@@ -73,16 +73,15 @@ def class_logits(logits: Tensor, target: int | Tensor | None) -> Tensor:
         raise UserError(f"model: expected logits (batch, classes), got {tuple(logits.shape)}; it needs a classifier")
     batch, classes = logits.shape
     if target is None:
-        return logits.amax(1)
+        return logits.argmax(1)
     index = torch.as_tensor(target, device=logits.device)
     if index.is_floating_point() or index.dtype == torch.bool or index.shape not in ((), (batch,)):
         raise UserError(f"target: expected a class, or one for each of {batch} images, got {target!r}")
     wrong = index[(index < 0) | (index >= classes)]
     if wrong.numel():
-        raise UserError(
-            f"target: class {int(wrong.flatten()[0])} is out of range; the model has {classes} classes, 0 to {classes - 1}"
-        )
-    return logits.gather(1, index.long().expand(batch).unsqueeze(1)).squeeze(1)
+        number = int(wrong.flatten()[0])
+        raise UserError(f"target: class {number} is out of range; the model has {classes} classes, 0 to {classes - 1}")
+    return index.long().expand(batch)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """From the layers' attention to one map: raw rows and rollout, without any L x L matrix.
 
 Between the stages of a hierarchy there is no attention matrix. There a map is carried from the coarser grid to the finer one
-through the footprint of the downsampling: every token's share is divided evenly among the tokens that its 3x3 or 2x2 window
-covers. That is an approximation; within a stage the products are exact.
+through the footprint of the downsampling: a token gets the mean of the coarser tokens whose 3x3 or 2x2 window covers it. That is
+an approximation, which knows nothing of the convolution's weights; within a stage the products are exact.
 """
 
 import torch
@@ -20,7 +20,12 @@ from .recording import Tape
 
 
 def raw(
-    tape: Tape, token: Token | None = None, start_layer: int | None = None, include: str = "ssm", as_published: bool = False
+    tape: Tape,
+    token: Token | None = None,
+    start_layer: int | None = None,
+    end_layer: int | None = None,
+    include: str = "ssm",
+    as_published: bool = False,
 ) -> Tensor:
     """Raw attention: a token's row, averaged over the layers from `start_layer` on (arXiv 2403.01590, section 3.3).
 
@@ -29,6 +34,7 @@ def raw(
         token: the token of the last layer whose row it is; None for the class token where the classifier reads it, else the mean
             of all. In the earlier stages of a hierarchy, the tokens that one covers.
         start_layer: the first layer; None for the late layers: from 5/8 of the depth, in a hierarchy from the start of that stage.
+        end_layer: the layer to stop before; None for all.
         include: see `Attention`.
         as_published: the published code's shortcuts, Vim only, see published.py; `token` and `include` do not matter.
 
@@ -38,7 +44,7 @@ def raw(
     Raises:
         UserError: an unknown token or layer, nothing recorded, `as_published` without Vim's class token.
     """
-    layers = layer_range(tape, late_layer(tape) if start_layer is None else start_layer, None)
+    layers = layer_range(tape, late_layer(tape) if start_layer is None else start_layer, end_layer)
     if as_published:
         return published.raw(tape, layers)
     weights, total = last_row(tape, token, layers), None
@@ -57,6 +63,7 @@ def rollout(
     end_layer: int | None = None,
     normalize: bool = True,
     include: str = "ssm",
+    magnitude: bool = False,
     as_published: bool = False,
 ) -> Tensor:
     """Attention rollout: a token's row of the product of I + attention over the layers (arXiv 2403.01590, section 3.3).
@@ -72,6 +79,7 @@ def rollout(
         normalize: divide every row of I + attention by 1 + `Attention.row_bound`, so that no map grows from layer to layer. The
             elements are signed, so that their sum would be no safe divisor.
         include: see `Attention`.
+        magnitude: use the magnitudes of the elements, see `Attention.magnitude`.
         as_published: the published code's shortcuts, Vim only, see published.py; the other arguments but the layers do not matter.
 
     Returns:
@@ -84,7 +92,7 @@ def rollout(
     if as_published:
         vectors = [published.class_rows(tape, index).mean(1) for index in layers]
         return published.broadcast_rollout(tape, vectors, layers)
-    return tape.layout(layers.start).to_map(rollout_row(tape, token, start_layer, end_layer, normalize, include))
+    return tape.layout(layers.start).to_map(rollout_row(tape, token, start_layer, end_layer, normalize, include, magnitude))
 
 
 def rollout_row(
@@ -94,12 +102,15 @@ def rollout_row(
     end_layer: int | None = None,
     normalize: bool = True,
     include: str = "ssm",
+    magnitude: bool = False,
 ) -> Tensor:
     """The row behind `rollout`, `(batch, L)` with the class token in its place; the arguments are the same."""
     layers = layer_range(tape, start_layer, end_layer)
     row = last_row(tape, token, layers)
     for index in reversed(layers):
         attention = tape.attention(index).include(include)
+        if magnitude:
+            attention = attention.magnitude()
         if normalize:
             row = row / (1.0 + attention.row_bound())
         row = row + attention.vector_product(row)
@@ -125,15 +136,21 @@ def layer_range(tape: Tape, start: int, end: int | None) -> range:
 
 
 def to_finer_grid(downsample: nn.Module, coarse: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Divide every element of `coarse` `(batch, h, w)` evenly among the elements of a `grid` that its window covers."""
+    """Give every token of a finer `grid` the mean of the tokens of `coarse` `(batch, h, w)` whose windows cover it.
+
+    The result `(batch, H, W)` is divided by H W / (h w): shares of a whole stay shares.
+    """
     windows = {ConvDownsample: (3, 2, 1, False), PatchMerging: (2, 2, 0, True)}  # size, stride, padding, partial windows
     if type(downsample) not in windows:
         raise UserError(f"tape: the footprint of a {type(downsample).__name__} is not known; stay within one of tape.stages")
     size, stride, padding, partial = windows[type(downsample)]
     with recomputation(coarse), torch.enable_grad():
         fine = torch.zeros(coarse.shape[0], 1, *grid, dtype=coarse.dtype, device=coarse.device, requires_grad=True)
-        pooled = F.avg_pool2d(fine, size, stride, padding, ceil_mode=partial, count_include_pad=False)
-        return torch.autograd.grad(pooled, fine, coarse.unsqueeze(1))[0].squeeze(1)
+        covered = F.avg_pool2d(fine, size, stride, padding, ceil_mode=partial, divisor_override=1)  # sums over the windows
+        total, count = (
+            torch.autograd.grad(covered, fine, m.unsqueeze(1), retain_graph=True)[0] for m in (coarse, torch.ones_like(coarse))
+        )
+    return (total / count).squeeze(1) * (coarse[0].numel() / (grid[0] * grid[1]))
 
 
 def last_row(tape: Tape, token: Token | None, layers: range) -> Tensor:

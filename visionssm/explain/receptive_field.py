@@ -1,0 +1,34 @@
+"""The effective receptive field: which pixels move the feature in the middle of the last map."""
+
+import torch
+from torch import Tensor, nn
+
+from visionssm.errors import UserError
+
+from .recording import NETWORKS
+
+
+def effective_receptive_field(model: nn.Module, images: Tensor) -> Tensor:
+    """The magnitude of the gradient of the central feature with respect to every pixel, averaged over the images.
+
+    Source: Luo et al. (arXiv 1701.04128); VMamba (arXiv 2401.10166, figure 6) shows it before and after training.
+
+    Args:
+        model: a model of the zoo.
+        images: `(batch, channels, H, W)`; noise will do.
+
+    Returns:
+        `(H, W)`, summed over the channels of the image and the feature, its largest value 1.
+
+    Raises:
+        UserError: a model without feature maps.
+    """
+    if not isinstance(model, NETWORKS):
+        raise UserError(f"model: expected a network of the zoo, got {type(model).__name__}")
+    with torch.inference_mode(False), torch.enable_grad():
+        images = images.detach().clone().requires_grad_()
+        (feature,) = model.forward_intermediates(images, indices=1, intermediates_only=True)  # [B, C, h, w]
+        height, width = feature.shape[-2:]
+        (gradient,) = torch.autograd.grad(feature[:, :, height // 2, width // 2].sum(), images)
+    field = gradient.float().abs().sum(1).mean(0)
+    return field / field.max().clamp_min(torch.finfo(field.dtype).tiny)
