@@ -6,5 +6,6 @@ Importing the package registers every model with timm. It prints nothing and loa
 from . import models as models
 from ._version import __version__
 from .models import load_checkpoint
+from .recipes import config_path
 
-__all__ = ["__version__", "load_checkpoint"]
+__all__ = ["__version__", "config_path", "load_checkpoint"]

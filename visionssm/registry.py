@@ -43,8 +43,10 @@ LOCATIONS = ["visionssm.engine"]
 MODELS = Registry("model", parent=root.MODELS, scope=SCOPE, locations=LOCATIONS)
 DATASETS = Registry("dataset", parent=root.DATASETS, scope=SCOPE, locations=LOCATIONS)
 FUNCTIONS = Registry("function", parent=root.FUNCTIONS, scope=SCOPE, locations=LOCATIONS)
+DATA_SAMPLERS = Registry("data sampler", parent=root.DATA_SAMPLERS, scope=SCOPE, locations=LOCATIONS)
 METRICS = Registry("metric", parent=root.METRICS, scope=SCOPE, locations=LOCATIONS)
 HOOKS = Registry("hook", parent=root.HOOKS, scope=SCOPE, locations=LOCATIONS)
+OPTIM_WRAPPERS = Registry("optimizer wrapper", parent=root.OPTIM_WRAPPERS, scope=SCOPE, locations=LOCATIONS)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor", parent=root.OPTIM_WRAPPER_CONSTRUCTORS, scope=SCOPE, locations=LOCATIONS
 )

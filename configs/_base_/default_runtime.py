@@ -1,4 +1,5 @@
 default_hooks = dict(
+    runtime_info=dict(type="visionssm.RuntimeInfoHook", interval=50),
     logger=dict(type="LoggerHook", interval=50),
     # two, since mmengine removes the older one before it writes the newer one
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2),
@@ -7,9 +8,10 @@ default_hooks = dict(
     progress=dict(type="visionssm.ProgressHook"),
 )
 custom_hooks = [
-    dict(type="visionssm.ClassCountHook"),
+    dict(type="visionssm.DataCheckHook"),
     dict(type="visionssm.ContactSheetHook"),
     dict(type="visionssm.ExportHook"),
+    dict(type="visionssm.LearningCurveHook"),
 ]
 visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
 randomness = dict(seed=0)

@@ -9,7 +9,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
-from visionssm.engine.config import find_config
+from visionssm import config_path
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def tiny(tmp_path):
     """A config of two epochs of four small batches with a tiny timm model, and its work directory."""
     config = tmp_path / "tiny.py"
     config.write_text(
-        f"_base_ = {str(find_config('classification/vmamba-nano_digits'))!r}\n"
+        f"_base_ = {str(config_path('classification/vmamba-nano_digits'))!r}\n"
         "model = dict(backbone=dict(model_name='test_resnet'))\n"
         "train_cfg = dict(max_epochs=2, val_interval=1)\n"
         "train_dataloader = dict(batch_size=16, num_batch_per_epoch=4)\n"

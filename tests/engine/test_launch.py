@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from visionssm.engine.config import find_config
+from visionssm import config_path
 from visionssm.engine.launch import INTERRUPTED, main_test, main_train, newest_checkpoint
 
 DIGITS = "classification/vmamba-nano_digits"
@@ -30,10 +30,15 @@ def test_train_then_test(tiny, capsys):
     assert main_train([str(config), "--work-dir", str(work)]) == 0
     out = capsys.readouterr().out
     accuracy = re.search(r"^top-1: (\d+\.\d) %$", out, re.MULTILINE).group(1)
-    assert re.search(r"^epoch 2/2  loss \d+\.\d+  accuracy \d+\.\d  left 0:00:00\nepoch 2/2  val top1 \d+\.\d$", out, re.MULTILINE)
+    assert re.search(
+        r"^epoch 2/2  loss \d+\.\d+  accuracy \d+\.\d  lr \S+  \d+ images/s  \d+\.\d GB  left 0:00:00\n"
+        r"epoch 2/2  val top1 \d+\.\d$",
+        out,
+        re.MULTILINE,
+    )
     assert "WARNING" not in out
     (log,) = work.glob("*/*.log")
-    for place in (work / "epoch_2.pth", work / "predictions.png", work / "timm", log):
+    for place in (work / "epoch_2.pth", work / "predictions.png", work / "learning_curve.png", work / "timm", log):
         assert place.exists()
         assert str(place) in out
     assert "Epoch(train) [2]" in log.read_text() or "Epoch(val) [2]" in log.read_text()
@@ -225,13 +230,13 @@ def test_work_dir_that_is_a_file(tiny, capsys, tmp_path):
 
 def test_unknown_key_in_a_config_file(tmp_path, capsys):
     config = tmp_path / "slip.py"
-    config.write_text(f"_base_ = {str(find_config(DIGITS))!r}\noptim_wraper = dict()\n")
+    config.write_text(f"_base_ = {str(config_path(DIGITS))!r}\noptim_wraper = dict()\n")
     assert main_train([str(config)]) == 1
     assert "unknown key 'optim_wraper'; did you mean optim_wrapper?" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_amp_needs_a_gpu(tiny, capsys):
+def test_float16_needs_a_gpu(tiny, capsys):
     config, work = tiny
-    assert main_train([str(config), "--work-dir", str(work), "--amp"]) == 1
-    assert "--amp: needs a GPU" in capsys.readouterr().err
+    assert main_train([str(config), "--work-dir", str(work), "--cfg-options", "optim_wrapper.dtype=float16"]) == 1
+    check_one_line(capsys.readouterr().err, "optim_wrapper.dtype: float16 needs a GPU, and torch sees none; .*bfloat16")

@@ -10,12 +10,15 @@ import pytest
 import timm
 import torch
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from torch.utils.data import DataLoader
 
-from visionssm import registry
+from visionssm import config_path, registry
 from visionssm.engine import ImageClassifier, OptimWrapperConstructor, RandomnessHook, TopK
-from visionssm.engine.config import CONFIG_FOLDER, find_config, load_config, recipes
+from visionssm.engine.config import load_config
 from visionssm.engine.data import IGNORED
 from visionssm.errors import UserError
+from visionssm.recipes import FOLDER as CONFIG_FOLDER
+from visionssm.recipes import recipes
 
 DIGITS = "classification/vmamba-nano_digits"
 NANOS = ("vmamba_nano", "vim_nano", "local_vim_nano", "local_vmamba_nano")
@@ -55,14 +58,14 @@ def test_weight_decay_groups():
     assert "backbone.head.bias" in names
     assert "backbone.head.weight" not in names
     assert len(groups[0.0]) + len(groups[0.05]) == len(list(model.parameters()))
-    with pytest.raises(UserError, match="paramwise_cfg: norm_decay_mult"):
+    with pytest.raises(UserError, match="paramwise_cfg.norm_decay_mult: expected decay or layer_decay"):
         OptimWrapperConstructor({}, {"norm_decay_mult": 0})
 
 
 def test_randomness_depends_on_seed_rank_and_epoch_alone():
     def draw(seed, rank, epoch):
         torch.rand(3)
-        RandomnessHook().before_train_epoch(SimpleNamespace(seed=seed, rank=rank, epoch=epoch))
+        RandomnessHook().before_train_epoch(SimpleNamespace(seed=seed, rank=rank, epoch=epoch, train_dataloader=DataLoader([0])))
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
     assert draw(1, 0, 2) == draw(1, 0, 2)
@@ -121,8 +124,8 @@ def test_engine_distributions(found, message, monkeypatch):
 
 
 def test_config_names():
-    assert find_config(DIGITS) == find_config(f"{DIGITS}.py")
-    assert find_config(DIGITS) in recipes()
+    assert config_path(DIGITS) == config_path(f"{DIGITS}.py")
+    assert config_path(DIGITS) in recipes()
 
 
 def test_every_config_folder_is_a_package():

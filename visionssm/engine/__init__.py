@@ -3,24 +3,31 @@
 from .classifier import ImageClassifier, ImagePreprocessor
 from .contact_sheet import ContactSheetHook
 from .data import Digits, ImageFolder
-from .hooks import ClassCountHook, ExportHook, RandomnessHook, UnreadableImagesHook
+from .hooks import DataCheckHook, EMAHook, ExportHook, RandomnessHook, RuntimeInfoHook, UnreadableImagesHook
+from .learning_curve import LearningCurveHook
 from .metrics import TopK
-from .optim import OptimWrapperConstructor
+from .optim import OptimWrapper, OptimWrapperConstructor
 from .progress import ProgressHook
 from .runner import Runner
+from .samplers import RepeatedAugmentation
 
 __all__ = [
-    "ClassCountHook",
     "ContactSheetHook",
+    "DataCheckHook",
     "Digits",
+    "EMAHook",
     "ExportHook",
     "ImageClassifier",
     "ImageFolder",
     "ImagePreprocessor",
+    "LearningCurveHook",
+    "OptimWrapper",
     "OptimWrapperConstructor",
     "ProgressHook",
     "RandomnessHook",
+    "RepeatedAugmentation",
     "Runner",
+    "RuntimeInfoHook",
     "TopK",
     "UnreadableImagesHook",
 ]

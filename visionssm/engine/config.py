@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from inspect import Parameter, signature
-from pathlib import Path
 from typing import Any
 
 from mmengine import registry as root
@@ -10,52 +9,43 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from visionssm import configs, registry
+from visionssm import registry
 from visionssm.errors import UserError, did_you_mean, first_line
+from visionssm.recipes import config_path
 
-CONFIG_FOLDER = Path(configs.__file__).parent
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SHARED = ("data_root", "input_size")  # top-level keys that every data set gets which does not set its own
 
 _RUNNER_KEYS = set(signature(Runner).parameters) | {"default_scope", "custom_imports", "model_wrapper_cfg", "compile", *SHARED}
-_REGISTRIES = (root.MODELS, root.DATASETS, root.DATA_SAMPLERS, root.FUNCTIONS, root.METRICS, root.HOOKS, root.OPTIMIZERS)
+_REGISTRIES = (
+    root.MODELS,
+    root.DATASETS,
+    root.DATA_SAMPLERS,
+    root.FUNCTIONS,
+    root.METRICS,
+    root.HOOKS,
+    root.OPTIMIZERS,
+    root.OPTIM_WRAPPERS,
+    root.PARAM_SCHEDULERS,
+    root.LOOPS,
+    root.VISUALIZERS,
+    root.VISBACKENDS,
+    root.LOG_PROCESSORS,
+)
 _DATALOADER_ARGUMENTS = {*signature(DataLoader).parameters, "num_batch_per_epoch"}
-
-
-def find_config(name: str) -> Path:
-    """The file that a path names, or a name relative to the configs that the package ships, with or without `.py`.
-
-    Raises:
-        UserError: no such file; names the nearest ones.
-    """
-    for path in (Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.py"):
-        if path.is_file():
-            return path
-    shipped = {path.stem: path.relative_to(CONFIG_FOLDER) for path in recipes()}
-    siblings = {path.stem: path for path in Path(name).parent.glob("*.py")}
-    known = {**shipped, **siblings}
-    near = did_you_mean(Path(name).stem, known)
-    for stem, path in known.items():
-        near = near.replace(stem, str(path))
-    raise UserError(f"config file not found: {name}{near}")
-
-
-def recipes() -> list[Path]:
-    """The config files that the package ships, without the `_base_` ones."""
-    return sorted(path for path in CONFIG_FOLDER.glob("*/*.py") if not path.parent.name.startswith("_") and path.stem != "__init__")
 
 
 def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a config, apply the changes from the command line, hand shared values down to the data sets, check all names.
 
     Args:
-        name: see `find_config`.
+        name: see `visionssm.config_path`.
         overrides: dotted key to new value.
 
     Raises:
         UserError: a file, key or argument that does not exist; names the nearest ones.
     """
-    path = find_config(name)
+    path = config_path(name)
     try:
         cfg = Config.fromfile(path)
     except Exception as error:  # a config is code: anything can be wrong in it
@@ -124,12 +114,17 @@ def _check_arguments(path: str, node: Mapping) -> None:
         allowed, what = _DATALOADER_ARGUMENTS, "DataLoader"
     elif isinstance(node.get("type"), str):
         found = _resolve(node["type"])
-        if not found and node["type"].startswith(f"{registry.SCOPE}."):
-            raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], _own_types())}")
+        if not found and node["type"].rpartition(".")[0] in ("", registry.SCOPE):  # others are of packages that may be missing here
+            known = [*_own_types(), *(name for searched in _REGISTRIES for name in searched.module_dict)]
+            raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], known)}")
         candidates = [parameters for cls in found if (parameters := _parameters(cls)) is not None]
         if not candidates:
             return
         allowed, what = set().union(*candidates), node["type"]
+        if path == "optim_wrapper":
+            allowed |= {"constructor", "paramwise_cfg", "optimizer"}
+        if path.startswith("param_scheduler"):
+            allowed |= {"convert_to_iter_based"}
     else:
         return
     for key in node:

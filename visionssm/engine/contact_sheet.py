@@ -33,7 +33,8 @@ class ContactSheetHook(Hook):
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Choose the images."""
-        size = len(runner.test_dataloader.sampler)
+        loader = runner.test_dataloader
+        size = len(loader.sampler) if hasattr(loader.sampler, "__len__") else len(loader.dataset)
         self.wanted = set(np.linspace(0, size - 1, min(size, self.rows * self.columns)).round().astype(int).tolist())
         self.seen = 0
         self.cells = []

@@ -1,5 +1,6 @@
-"""Small hooks: randomness, unreadable images, the class count, weights for timm."""
+"""Small hooks: randomness, logged values, moving average, unreadable images, data that fits, weights for timm."""
 
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import is_main_process
+from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import Hook
+from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from timm.models import save_for_hf
@@ -19,10 +22,10 @@ from visionssm.registry import HOOKS
 
 @HOOKS.register_module()
 class RandomnessHook(Hook):
-    """Seeds every generator from (seed, rank, epoch) before each epoch.
+    """Seeds every generator from (seed, rank, epoch) before each epoch, and tells iterable data sets the epoch.
 
-    A checkpoint holds no generator's state; with this, the epochs after a resume draw the same augmentations, drop paths
-    and worker seeds as they would have drawn without the interruption.
+    A checkpoint holds no generator's state; with this, the epochs after a resume draw the same augmentations, mixtures, drop
+    paths and worker seeds as they would have drawn without the interruption.
     """
 
     priority = "VERY_HIGH"
@@ -33,6 +36,70 @@ class RandomnessHook(Hook):
         random.seed(int(words[0]))
         np.random.seed(words[1])  # noqa: NPY002  timm's and torchvision's transforms use the legacy generator
         torch.manual_seed(int(words[2]))
+        if isinstance(runner.train_dataloader.dataset, torch.utils.data.IterableDataset):
+            runner.train_dataloader.dataset.set_epoch(runner.epoch)
+
+
+@HOOKS.register_module()
+class RuntimeInfoHook(MMEngineRuntimeInfoHook):
+    """mmengine's, but it reads the losses of several iterations at once: reading one waits for the device.
+
+    Args:
+        interval: iterations between two readings on a GPU; on a CPU, where nothing waits, it is 1. Must divide the logger's.
+    """
+
+    def __init__(self, interval: int = 50) -> None:
+        self.interval = interval
+        self.pending: list[dict[str, torch.Tensor]] = []
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Keep this iteration's values, and log what has gathered.
+
+        Raises:
+            UserError: a loss that is not finite.
+        """
+        values = {name: value.detach() for name, value in (outputs or {}).items()}
+        norm = getattr(runner.optim_wrapper, "grad_norm", None)
+        self.pending.append(values if norm is None else {**values, "grad_norm": norm.detach()})
+        at_once = all(value.device.type == "cpu" for value in values.values())
+        if at_once or self.every_n_inner_iters(batch_idx, self.interval) or self.end_of_epoch(runner.train_dataloader, batch_idx):
+            self.flush(runner)
+
+    def flush(self, runner: Runner) -> None:
+        """Read what is pending in one transfer."""
+        for name in self.pending[-1]:
+            column = torch.stack([values[name] for values in self.pending if name in values])
+            for offset, value in enumerate(column.tolist()):
+                if name == "loss" and not math.isfinite(value):
+                    iteration = runner.iter + 2 - len(column) + offset
+                    raise UserError(
+                        f"the loss is {value} in iteration {iteration}: lower optim_wrapper.optimizer.lr, or train in full "
+                        "precision (optim_wrapper.dtype=None) or in bfloat16; the last checkpoint is of an epoch before it"
+                    )
+                runner.message_hub.update_scalar(f"train/{name}", value)
+        self.pending = []
+
+
+@HOOKS.register_module()
+class EMAHook(MMEngineEMAHook):
+    """Moving average of the weights: it is what gets evaluated, exported and stored as a checkpoint's `state_dict`.
+
+    The trained weights lie in the checkpoint's `ema_state_dict`, for resuming. While gradients accumulate nothing is averaged, so
+    that `decay` counts updates, not batches.
+
+    Args:
+        decay: share of the old average that an update keeps.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        super().__init__(momentum=1 - decay)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Average, if the optimizer has made a step."""
+        if runner.optim_wrapper.should_update():
+            super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
 
 @HOOKS.register_module()
@@ -77,28 +144,49 @@ class UnreadableImagesHook(Hook):
 
 
 @HOOKS.register_module()
-class ClassCountHook(Hook):
-    """Refuses data whose number of classes is not the model's."""
+class DataCheckHook(Hook):
+    """Refuses data that does not fit the model, before the first batch: another number of classes, batches that cannot be mixed."""
 
     def before_train(self, runner: Runner) -> None:
         """Check the training data."""
-        self.check(runner, runner.train_dataloader.dataset)
+        self.check_classes(runner, runner.train_dataloader.dataset)
+        self.check_batches(runner)
 
     def before_test(self, runner: Runner) -> None:
         """Check the test data."""
-        self.check(runner, runner.test_dataloader.dataset)
+        self.check_classes(runner, runner.test_dataloader.dataset)
 
     @staticmethod
-    def check(runner: Runner, dataset: torch.utils.data.Dataset) -> None:
-        """Compare the two counts.
+    def check_classes(runner: Runner, dataset: torch.utils.data.Dataset) -> None:
+        """Compare the number of the data's classes with the model's.
 
         Raises:
             UserError: they differ.
         """
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         found = len(dataset.metainfo["classes"])
         if found != model.num_classes:
             raise UserError(f"model.backbone.num_classes: got {model.num_classes}, the {dataset.split} data has {found} classes")
+
+    @staticmethod
+    def check_batches(runner: Runner) -> None:
+        """Check that mixup finds pairs, and that an epoch's randomness depends on its number alone.
+
+        Raises:
+            UserError: mixup with odd batches; workers that live longer than an epoch.
+        """
+        loader = runner.train_dataloader
+        if loader.persistent_workers:
+            raise UserError(
+                "train_dataloader.persistent_workers: expected False, as a resumed run could not repeat their state"
+            )
+        if getattr(unwrapped(runner.model).data_preprocessor, "mixup", None) is None:
+            return
+        if loader.batch_size % 2:
+            raise UserError(f"train_dataloader.batch_size: got {loader.batch_size}, expected an even number, as mixup pairs images")
+        last = 0 if loader.drop_last or not hasattr(loader.sampler, "__len__") else len(loader.sampler) % loader.batch_size
+        if last % 2:
+            raise UserError(f"train_dataloader.drop_last: expected True with mixup, as the last batch has an odd {last} images")
 
 
 @HOOKS.register_module()
@@ -119,13 +207,20 @@ class ExportHook(Hook):
             return
         dataset = runner.train_dataloader.dataset if runner.val_loop is None else runner.val_loop.dataloader.dataset
         save_for_hf(
-            _unwrapped(runner.model).backbone,
+            self.trained(runner).backbone,
             self.path(runner),
             model_config={"label_names": list(dataset.metainfo["classes"])},
             data_config=dataset.data_config,
             safe_serialization=True,
         )
 
+    @staticmethod
+    def trained(runner: Runner) -> torch.nn.Module:
+        """The averaged model, where there is one."""
+        averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, MMEngineEMAHook)]
+        return averages[0] if averages else unwrapped(runner.model)
 
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside a distributed wrapper, or itself."""
     return model.module if is_model_wrapper(model) else model

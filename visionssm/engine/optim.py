@@ -1,46 +1,145 @@
-"""Parameter groups, the same for every task."""
+"""Parameter groups, the same for every task, and an optimizer wrapper that never waits for the device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from typing import Any
 
-from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
-from timm.optim import param_groups_weight_decay
-from torch import nn
+import torch
+from mmengine.device import get_device
+from mmengine.optim import OptimWrapper as MMEngineOptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
+from mmengine.registry import OPTIMIZERS
+from timm.models import group_parameters
+from torch import Tensor, nn
 
-from visionssm.errors import UserError
-from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from visionssm.errors import UserError, did_you_mean
+from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+
+DTYPES = ("float16", "bfloat16")
+
+
+@OPTIM_WRAPPERS.register_module()
+class OptimWrapper(MMEngineOptimWrapper):
+    """mmengine's, with mixed precision on any device and without waiting for the device to log the gradients' norm.
+
+    Args:
+        optimizer: the optimizer.
+        dtype: "bfloat16" or "float16" for autocast; float16 scales the loss dynamically and needs a GPU. None for full precision.
+        accumulative_counts: batches between two updates; their gradients are averaged.
+        clip_grad: arguments of `torch.nn.utils.clip_grad_norm_`, such as `max_norm`; None for no clipping.
+
+    Attributes:
+        grad_norm: norm of the newest gradients before they were clipped, on their device; None without clipping.
+
+    Raises:
+        UserError: an unknown dtype, or one that this machine cannot train in.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        dtype: str | None = None,
+        accumulative_counts: int = 1,
+        clip_grad: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(optimizer, accumulative_counts, dict(clip_grad) if clip_grad else None)
+        if dtype not in (None, *DTYPES):
+            hint = did_you_mean(str(dtype), DTYPES)
+            raise UserError(f"optim_wrapper.dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}{hint}")
+        self.device_type = get_device()
+        if dtype == "float16" and self.device_type == "cpu":
+            remedy = "add --cfg-options optim_wrapper.dtype=bfloat16"
+            raise UserError(f"optim_wrapper.dtype: float16 needs a GPU, and torch sees none; {remedy}")
+        self.dtype = None if dtype is None else getattr(torch, dtype)
+        self.loss_scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == "float16")
+        self.grad_norm: Tensor | None = None
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast around the forward pass; no exchange of gradients between processes while they accumulate."""
+        with super().optim_context(model), torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            yield
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Backpropagate the scaled loss."""
+        super().backward(self.loss_scaler.scale(loss), **kwargs)
+
+    def step(self, **kwargs: Any) -> None:
+        """Clip, and update the parameters unless a scaled gradient has overflowed."""
+        if self.clip_grad_kwargs:
+            self.loss_scaler.unscale_(self.optimizer)
+            self._clip_grad()
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update()
+
+    def _clip_grad(self) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = self.clip_func(parameters, **self.clip_grad_kwargs)
+
+    def state_dict(self) -> dict:
+        """The optimizer's, and the loss scaler's."""
+        return {**super().state_dict(), "loss_scaler": self.loss_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """What `state_dict` gave."""
+        state_dict = dict(state_dict)
+        scaler = state_dict.pop("loss_scaler", {})
+        if scaler and self.loss_scaler.is_enabled():
+            self.loss_scaler.load_state_dict(scaler)
+        super().load_state_dict(state_dict)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class OptimWrapperConstructor:
-    """timm's weight-decay grouping: none for vectors, biases and what a model's `no_weight_decay()` names.
+    """timm's parameter groups: no weight decay for vectors, biases and what a model's `no_weight_decay()` names.
 
     Args:
         optim_wrapper_cfg: `type` and arguments of the OptimWrapper, with the `optimizer` in it.
-        paramwise_cfg: must be empty; mmengine hands it over.
+        paramwise_cfg: `decay`, endings of names that are decayed although `no_weight_decay()` names them, as the published
+            training did it; `layer_decay`, the factor of the learning rate from one layer to the layer before it, in the
+            groups of the backbone's `group_matcher()`.
 
     Raises:
-        UserError: a `paramwise_cfg` that is not empty.
+        UserError: another key in `paramwise_cfg`.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
-        if paramwise_cfg:
-            raise UserError(
-                f"optim_wrapper.paramwise_cfg: {', '.join(paramwise_cfg)}: the groups come from the model's no_weight_decay()"
-            )
+        known = ("decay", "layer_decay")
+        for key in paramwise_cfg or {}:
+            if key not in known:
+                raise UserError(
+                    f"optim_wrapper.paramwise_cfg.{key}: expected {' or '.join(known)}; further groups come from the model's "
+                    f"no_weight_decay(){did_you_mean(key, known)}"
+                )
         self.optim_wrapper_cfg = optim_wrapper_cfg
+        self.decay = tuple((paramwise_cfg or {}).get("decay", ()))
+        self.layer_decay = (paramwise_cfg or {}).get("layer_decay", 1.0)
 
-    def __call__(self, model: nn.Module) -> OptimWrapper:
+    def __call__(self, model: nn.Module) -> MMEngineOptimWrapper:
         """Build the optimizer and its wrapper for a model, or for one inside a distributed wrapper."""
         model = getattr(model, "module", model)
         cfg = dict(self.optim_wrapper_cfg)
         optimizer = dict(cfg.pop("optimizer"))
-        optimizer["params"] = param_groups_weight_decay(
-            model, optimizer.get("weight_decay", 0.0), no_weight_decay_list=no_weight_decay(model)
-        )
-        cfg.setdefault("type", "OptimWrapper")
-        return OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": OPTIMIZERS.build(optimizer)})
+        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0))
+        cfg.setdefault("type", "visionssm.OptimWrapper")
+        return ROOT_OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": OPTIMIZERS.build(optimizer)})
+
+    def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The groups that learn fastest first: the first one's learning rate is what the logs show."""
+        excluded = no_weight_decay(model)
+        scales = layer_scales(model, self.layer_decay)
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            named = any(fnmatch(name, pattern) for pattern in excluded) and not name.endswith(self.decay)
+            decayed = parameter.ndim > 1 and not name.endswith(".bias") and not named
+            groups.setdefault((scales.get(name, 1.0), decayed), []).append(parameter)
+        return [
+            {"params": groups[key], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
+            for key in sorted(groups, reverse=True)
+        ]
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
@@ -50,3 +149,19 @@ def no_weight_decay(model: nn.Module) -> set[str]:
         if hasattr(module, "no_weight_decay"):
             names |= {f"{path}.{name}" if path else name for name in module.no_weight_decay()}
     return names
+
+
+def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Factors of the learning rate by parameter name: 1 in a backbone's last group, `layer_decay` in the one before it, and so on.
+
+    Parameters outside a module with a `group_matcher()` are not named.
+    """
+    if layer_decay == 1.0:
+        return {}
+    scales = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "group_matcher"):
+            layers = group_parameters(module, module.group_matcher(coarse=False), reverse=True)
+            last = max(layers.values())
+            scales |= {f"{path}.{name}" if path else name: layer_decay ** (last - layer) for name, layer in layers.items()}
+    return scales

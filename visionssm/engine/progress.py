@@ -1,9 +1,12 @@
 """What a training run shows on the terminal: one bar, or one line per epoch where the output is no terminal."""
 
+import resource
+import sys
 import time
 from datetime import timedelta
 from typing import Any
 
+import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -15,11 +18,11 @@ from visionssm.registry import HOOKS
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Progress with loss, accuracy and time left; mmengine's own lines go to the log file alone.
+    """Progress with loss, accuracy, learning rate, images/s, memory, time left; mmengine's own lines go to the log file alone.
 
     Args:
         window: number of iterations over which loss and accuracy are averaged.
-        refresh: seconds between two updates of the bar. Reading a loss waits for the device, so it happens no more often.
+        refresh: seconds between two updates of the bar. It shows values that have been logged already and waits for no device.
     """
 
     priority = "VERY_LOW"
@@ -72,13 +75,20 @@ class ProgressHook(Hook):
         self.close()
 
     def status(self, runner: Runner, done: int, metrics: dict[str, float]) -> str:
-        """Mean loss and accuracy of the last iterations, the newest validation result, the time left."""
+        """Means of the last iterations, the newest validation result, the time left."""
         scalars = runner.message_hub.log_scalars
         parts = [
             f"{name} {scalars[f'train/{name}'].mean(self.window):{form}}"
             for name, form in (("loss", ".3f"), ("accuracy", ".1f"))
             if f"train/{name}" in scalars
         ]
+        if "train/time" in scalars:
+            images = runner.train_dataloader.batch_size * runner.world_size
+            parts += [
+                f"lr {scalars['train/lr'].current():.2e}",
+                f"{images / scalars['train/time'].mean(self.window):.0f} images/s",
+                f"{_memory() / 1e9:.1f} GB",
+            ]
         elapsed = time.monotonic() - self.begin
         left = elapsed / max(done - self.first_iter, 1) * (runner.max_iters - done)
         return "  ".join([*parts, *_validation(metrics), f"left {timedelta(seconds=round(left))}"])
@@ -111,3 +121,11 @@ class ProgressHook(Hook):
 
 def _validation(metrics: dict[str, float]) -> list[str]:
     return [f"val {name} {value:.1f}" for name, value in metrics.items()]
+
+
+def _memory() -> int:
+    """Bytes that this process has needed at most, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -10,7 +10,9 @@ from typing import Any
 
 from mmengine.dist import master_only
 from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner as MMEngineRunner
+from torch.utils.data import DataLoader
 
 from visionssm.errors import UserError, shortened
 
@@ -26,6 +28,29 @@ class Runner(MMEngineRunner):
                 handler.setLevel(max(handler.level, logging.WARNING))
                 handler.addFilter(lambda record: "deprecated" not in record.getMessage())
         return logger
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
+        """Also of an iterable data set, which shards itself by what it learns of the loader here."""
+        loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
+        if hasattr(loader.dataset, "set_loader"):
+            loader.dataset.set_loader(loader.batch_size, loader.num_workers)
+        return loader
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rate by the size of the batch that an update sees over `base_batch_size`.
+
+        mmengine's own rule leaves accumulated batches out. Ends of a schedule that are given in absolute terms are not scaled.
+        """
+        if not auto_scale_lr or not auto_scale_lr.get("enable", False):
+            return
+        loader = self._train_dataloader
+        batch_size = loader.batch_size if isinstance(loader, DataLoader) else loader["batch_size"]
+        total = batch_size * self.world_size * optim_wrapper._accumulative_counts
+        ratio = total / auto_scale_lr["base_batch_size"]
+        self.logger.info(f"learning rate x {ratio}: {total} images an update, {auto_scale_lr['base_batch_size']} in the config")
+        for group in optim_wrapper.optimizer.param_groups:
+            group["lr"] *= ratio
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ train_cfg = dict(by_epoch=True, max_epochs=20)
 val_cfg = dict()
 test_cfg = dict()
 optim_wrapper = dict(
-    type="OptimWrapper",
+    type="visionssm.OptimWrapper",
     constructor="visionssm.OptimWrapperConstructor",
     optimizer=dict(type="AdamW", lr=1.5e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),

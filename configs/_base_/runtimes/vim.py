@@ -1,0 +1,9 @@
+_base_ = "../default_runtime.py"
+
+custom_hooks = [
+    dict(type="visionssm.DataCheckHook"),
+    dict(type="visionssm.EMAHook", decay=0.99996),
+    dict(type="visionssm.ExportHook"),
+    dict(type="visionssm.LearningCurveHook"),
+]
+randomness = dict(seed=0)

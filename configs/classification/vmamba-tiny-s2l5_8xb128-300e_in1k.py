@@ -1,0 +1,9 @@
+# VMamba-T[s2l5], published: 82.5 % top-1.
+_base_ = [
+    "../_base_/models/imagenet-classifier.py",
+    "../_base_/datasets/imagenet.py",
+    "../_base_/schedules/imagenet-vmamba.py",
+    "../_base_/runtimes/vmamba.py",
+]
+
+model = dict(backbone=dict(model_name="vmamba_tiny_s2l5", drop_path_rate=0.2))

@@ -1,0 +1,32 @@
+"""The arguments of `visionssm train` and `visionssm test`, which tools/train.py and tools/test.py take too; light to import."""
+
+from argparse import ArgumentParser
+
+
+def add_train_arguments(parser: ArgumentParser) -> None:
+    """What training takes."""
+    _add_common_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work directory")
+    parser.add_argument(
+        "--amp", action="store_true", help="mixed precision: the config's optim_wrapper.dtype, or bfloat16"
+    )
+    parser.add_argument("--compile", action="store_true", help="run the backbone through torch.compile")
+
+
+def add_test_arguments(parser: ArgumentParser) -> None:
+    """What a test takes."""
+    _add_common_arguments(parser)
+    parser.add_argument("checkpoint", help="a .pth file that training wrote")
+    parser.add_argument("--tta", action="store_true", help="average the scores of every image and its mirror image")
+
+
+def _add_common_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a config file, or the name of one that the package ships")
+    parser.add_argument("--work-dir", metavar="DIR", help="folder for checkpoints and logs; default: work_dirs/<config name>")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="changes to the config, e.g. train_cfg.max_epochs=5",
+    )

@@ -1,0 +1,36 @@
+"""Many processes, which torchrun starts: one per GPU, or several on a CPU for tests."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from visionssm.errors import UserError
+
+
+@contextmanager
+def process_group() -> Iterator[bool]:
+    """Join the other processes, if torchrun has started this one; yields whether it has.
+
+    mmengine's own start on a CPU asks for a GPU, hence this one; it is NCCL between GPUs and gloo between CPUs.
+
+    Raises:
+        UserError: more processes on this machine than it has GPUs.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        yield False
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: expected at most {torch.cuda.device_count()}, the number of this machine's GPUs")
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield True
+    finally:
+        dist.destroy_process_group()
