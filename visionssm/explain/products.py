@@ -14,7 +14,7 @@ from visionssm.errors import UserError
 from visionssm.layers.patch_embed import ConvDownsample
 
 from . import published
-from .attention import recomputation
+from .attention import Attention, recomputation
 from .layout import Token
 from .recording import Tape
 
@@ -25,6 +25,7 @@ def raw(
     start_layer: int | None = None,
     end_layer: int | None = None,
     include: str = "ssm",
+    magnitude: bool = False,
     as_published: bool = False,
 ) -> Tensor:
     """Raw attention: a token's row, averaged over the layers from `start_layer` on (arXiv 2403.01590, section 3.3).
@@ -36,7 +37,8 @@ def raw(
         start_layer: the first layer; None for the late layers: from 5/8 of the depth, in a hierarchy from the start of that stage.
         end_layer: the layer to stop before; None for all.
         include: see `Attention`.
-        as_published: the published code's shortcuts, Vim only, see published.py; `token` and `include` do not matter.
+        magnitude: use the magnitudes of the elements, see `Attention.magnitude`.
+        as_published: the published code's shortcuts, Vim only, see published.py; the other arguments but the layers do not matter.
 
     Returns:
         `(batch, rows, columns)` on the grid of `start_layer`.
@@ -49,7 +51,7 @@ def raw(
         return published.raw(tape, layers)
     weights, total = last_row(tape, token, layers), None
     for index in reversed(layers):
-        row = tape.attention(index).include(include).vector_product(weights)
+        row = _attention(tape, index, include, magnitude).vector_product(weights)
         total = row if total is None else total + row
         if index > layers.start:
             weights, total = before(tape, index, weights), before(tape, index, total)
@@ -108,9 +110,7 @@ def rollout_row(
     layers = layer_range(tape, start_layer, end_layer)
     row = last_row(tape, token, layers)
     for index in reversed(layers):
-        attention = tape.attention(index).include(include)
-        if magnitude:
-            attention = attention.magnitude()
+        attention = _attention(tape, index, include, magnitude)
         if normalize:
             row = row / (1.0 + attention.row_bound())
         row = row + attention.vector_product(row)
@@ -157,6 +157,11 @@ def last_row(tape: Tape, token: Token | None, layers: range) -> Tensor:
     """The weights of the last layer's rows, `(batch, L)`: where a product over `layers` begins."""
     attention = tape.attention(layers[-1])
     return attention.weights(tape.default_token if token is None else token).expand(attention.batch, -1)
+
+
+def _attention(tape: Tape, index: int, include: str, magnitude: bool) -> Attention:
+    attention = tape.attention(index).include(include)
+    return attention.magnitude() if magnitude else attention
 
 
 def before(tape: Tape, index: int, row: Tensor) -> Tensor:
