@@ -182,3 +182,31 @@ def test_recomputed_scan_is_the_models(kind):
     with torch.no_grad():
         again = mixer(*inputs)
     assert torch.equal(mixer.out_proj(gated[0]) * (0.5 if kind == "vim" else 1.0), again)
+
+
+@pytest.mark.parametrize("bias", [-200.0, -60.0, 60.0])
+def test_extreme_steps(kind, bias):
+    """Steps that underflow to 0, and steps that forget everything, in float32."""
+    model, images = build(kind, torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("dt_projs_bias"):
+                parameter.fill_(bias)
+    with record(model) as tape, torch.no_grad():
+        model(images)
+    attention = tape.attention(0)
+    matrix = attention.matrix()
+    with torch.no_grad():
+        columns = torch.eye(attention.layout.tokens).unsqueeze(-1).expand(-1, -1, attention.channels)
+        explicit = torch.stack([attention.apply(column.expand(2, -1, -1)).mean(-1) for column in columns], dim=-1)
+    assert matrix.isfinite().all()
+    assert_close(matrix, explicit, rtol=1e-4, atol=1e-5 * max(explicit.abs().max().item(), 1e-30))
+
+
+def test_single_token():
+    model, _ = build("vmamba")
+    with record(model) as tape, torch.no_grad():
+        model(torch.randn(2, 3, 2, 2, dtype=torch.float64))
+    attention = tape.attention(0)
+    assert attention.layout.grid == (1, 1)
+    assert_close(attention.rows("mean"), attention.apply(torch.ones(2, 1, 16, dtype=torch.float64)).mean(-1), **EXACT)

@@ -1,7 +1,7 @@
 """One layer's hidden attention: rows, blocks of rows and vector products of a matrix that is never stored whole.
 
 A row alpha[i] is the gradient of the scan's output at token i with respect to what is scanned, dt, B and C held fixed: one
-transposed scan, O(L E N) time and O(E L) memory, which the backward of the library's operator computes on every backend.
+transposed scan, O(L E N) time and O(E L) memory, which is again a scan and as fast as the library's operator on any backend.
 """
 
 from __future__ import annotations
@@ -252,18 +252,27 @@ class Attention:
     def _pull(self, weights: Tensor, channels: Tensor | None) -> Tensor:
         """Weights of rows `(batch, R, L)` -> their product with the matrix, `(batch, R, [channels,] L)`."""
         batch, count, tokens = weights.shape
-        cotangent = weights.reshape(batch * count, tokens)
-        with recomputation(self._operands.A), torch.enable_grad():
-            v = torch.zeros_like(cotangent, requires_grad=True)
-            wide = v.unsqueeze(-1).expand(-1, -1, self.channels)  # autograd sums over the channels where v has one for all
-            if channels is not None:
-                v = wide = torch.zeros_like(wide, memory_format=torch.contiguous_format).requires_grad_()
-            y = self._linear(wide, count)
-            y, cotangent = (y.mean(-1), cotangent) if channels is None else (y, cotangent.unsqueeze(-1).expand_as(y))
-            (grad,) = torch.autograd.grad(y, v, cotangent)
-        if channels is not None:
-            grad = grad.index_select(-1, channels).mT
-        return grad.unflatten(0, (batch, count))
+        cotangent = weights.reshape(batch * count, tokens, 1).expand(-1, -1, self.channels)
+        total = None
+        for k in range(len(self.paths)):  # one after the other, for a path's steps are as large as a map
+            with recomputation(self._operands.A):
+                part = self.direction(k)._pull_path(cotangent)
+            part = part.mean(-1) if channels is None else part.index_select(-1, channels).mT
+            total = part if total is None else total + part
+        return total.unflatten(0, (batch, count))
+
+    def _pull_path(self, cotangent: Tensor) -> Tensor:
+        """The transposed map of the only path, `(batch * count, L, E)` to the same."""
+        operands, count = self._operands, cotangent.shape[0] // self.batch
+        if self._include != "mixer":
+            return operands.put_back(operands.scan_transposed(cotangent, skip=self._include == "ssm+skip"))
+        factors = self._factors().repeat(count)
+        steps = operands.scan_transposed(factors.left.squeeze(1) * cotangent, skip=True)
+        with torch.enable_grad():
+            u = torch.zeros_like(cotangent, memory_format=torch.contiguous_format).requires_grad_()
+            convolved = factors.convolve(u)
+            (grad,) = torch.autograd.grad(convolved, u, factors.right * steps.reshape(convolved.shape))
+        return grad
 
     def _channel_index(self, channels: str | int | slice | list[int] | None) -> Tensor | None:
         if channels is None:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from visionssm.layers.ssm_init import A_from_log
 from visionssm.layers.vim_mixer import VimMixer
 from visionssm.models.local_vim import LocalVimMixer, scan_paths
 from visionssm.ops import ScanPaths, cross_merge, cross_scan, cross_selective_scan, cross_selective_scan_packed
+
+_SMALLEST_STEP = 1e-30  # it decays nothing, and what is divided by it is still a float32
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,9 @@ class ScanOperands:
     def without_decay_at(self, position: int) -> ScanOperands:
         """The step of one position 0: it neither decays what came before it nor is written; image order only."""
         dt, B, C = self._split()
-        if self.dt_weight is not None:
-            dt = torch.einsum("bhwkr,kcr->bhwkc", dt, self.dt_weight)
-        if self.dt_bias is not None:
-            dt = dt + self.dt_bias
-        dt = F.softplus(dt) if self.dt_softplus else dt.clone()
-        dt[:, position // self.paths.size[1], position % self.paths.size[1]] = 0.0
-        return replace(self, x_dbl=torch.cat([dt, B, C], dim=-1), dt_weight=None, dt_bias=None, dt_softplus=False)
+        delta = self._steps(dt).clone()
+        delta[:, position // self.paths.size[1], position % self.paths.size[1]] = 0.0
+        return replace(self, x_dbl=torch.cat([delta, B, C], dim=-1), dt_weight=None, dt_bias=None, dt_softplus=False)
 
     def read(self, v: Tensor) -> Tensor:
         """Positions `(batch, P, E)`, shared by all paths, in the layout that `scan` takes."""
@@ -106,9 +105,71 @@ class ScanOperands:
         y = cross_selective_scan_packed(v, self.x_dbl, self.A, D, paths=self.paths, merge=merge, **options)
         return y.flatten(-3, -2)
 
+    def scan_transposed(self, cotangent: Tensor, skip: bool) -> Tensor:
+        """alpha^T r, or (alpha + D)^T r, of the only path.
+
+        alpha[i, j] = dt_j B_j g_j with g_i = C_i r_i and g_j = C_j r_j + exp(dt_{j+1} A) g_{j+1}: again a scan, along the path in
+        reverse, of r with B and C exchanged, whose steps are those of the position just passed. The operator multiplies its
+        input by the step as well, hence the division.
+
+        Args:
+            cotangent: r, `(batch * count, P, E)`, `count` vectors for every sample.
+            skip: add D r.
+
+        Returns:
+            In the layout that `scan` takes per path: `(batch * count, 1, H, W, E)`, or `(batch * count, 1, L', E)`.
+        """
+        dt, B, C = self._split()
+        delta = self._steps(dt)
+        count = cotangent.shape[0] // delta.shape[0]
+        ahead = self._steps_ahead(delta).clamp_min_(_SMALLEST_STEP)
+        x_dbl, delta, ahead = (m.repeat_interleave(count, 0) for m in (torch.cat([ahead, C, B], dim=-1), delta, ahead))
+        name = self.paths.names[0]
+        reverse = (name.removesuffix("_flip") if name.endswith("_flip") else f"{name}_flip",)
+        r = self.read(cotangent)
+        if self.in_path_order:
+            n = self.A.shape[-1]
+            operands = (m.flip(2) for m in (r / ahead, *x_dbl.split([ahead.shape[-1], n, n], dim=-1)))
+            u, step, B, C = operands
+            y = cross_selective_scan(u, step, self.A, B, C, paths=reverse, dt_softplus=False, order="scan").flip(2)
+        else:
+            y = cross_selective_scan_packed(r / ahead.squeeze(3), x_dbl, self.A, paths=reverse, dt_softplus=False)
+            delta = delta.squeeze(3)
+        y = delta * y + self.D * r if skip else delta * y
+        return y if self.in_path_order else y.unsqueeze(1)
+
+    def put_back(self, v: Tensor) -> Tensor:
+        """The adjoint of `read` for one path: what `scan_transposed` returns -> positions `(batch, P, E)`."""
+        return cross_merge(v, self.paths).flatten(1, -2) if self.in_path_order else v.flatten(1, -2)
+
     def _split(self) -> tuple[Tensor, Tensor, Tensor]:
         n = self.A.shape[-1]
         return self.x_dbl.split([self.x_dbl.shape[-1] - 2 * n, n, n], dim=-1)
+
+    def _steps(self, dt: Tensor) -> Tensor:
+        """The steps of every channel `(..., E)`, from dt as it is packed and in its layout."""
+        if self.dt_weight is not None:
+            dt = torch.einsum("bklr,ker->bkle" if self.in_path_order else "bhwkr,ker->bhwke", dt, self.dt_weight)
+        if self.dt_bias is not None:
+            dt = dt + (self.dt_bias.unsqueeze(1) if self.in_path_order else self.dt_bias)
+        return F.softplus(dt) if self.dt_softplus else dt
+
+    def _steps_ahead(self, delta: Tensor) -> Tensor:
+        """The step that the only path takes from every position to its next, padded steps between them included; 1 at the end."""
+        if self.in_path_order:
+            return torch.cat([delta[:, :, 1:], torch.ones_like(delta[:, :, :1])], dim=2)
+        table = self.paths.table[0]
+        at = np.flatnonzero(table >= 0)
+        following, padded = np.zeros(self.paths.positions, dtype=np.int64), np.zeros(self.paths.positions)
+        following[table[at[:-1]]], padded[table[at[:-1]]] = table[at[1:]], np.diff(at) - 1
+        flat = delta.flatten(1, 2)  # [B, P, 1, E]
+        ahead = flat.index_select(1, torch.from_numpy(following).to(flat.device))
+        if padded.any():
+            rank = self.x_dbl.shape[-1] - 2 * self.A.shape[-1]
+            of_padding = self._steps(self.x_dbl.new_zeros(1, 1, 1, 1, rank)).flatten(1, 2)
+            ahead = ahead + torch.from_numpy(padded).to(ahead)[:, None, None] * of_padding
+        ahead[:, int(table[at[-1]])] = 1.0
+        return ahead.unflatten(1, self.paths.size)
 
 
 @dataclass(frozen=True)
