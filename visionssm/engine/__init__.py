@@ -2,7 +2,7 @@
 
 from .classifier import ImageClassifier, ImagePreprocessor
 from .contact_sheet import ContactSheetHook
-from .data import Digits, ImageFolder
+from .data import Digits, HubImages, ImageFolder
 from .hooks import DataCheckHook, EMAHook, ExportHook, RandomnessHook, RuntimeInfoHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import TopK
@@ -10,6 +10,7 @@ from .optim import OptimWrapper, OptimWrapperConstructor
 from .progress import ProgressHook
 from .runner import Runner
 from .samplers import RepeatedAugmentation
+from .stream import ImageStream
 
 __all__ = [
     "ContactSheetHook",
@@ -17,9 +18,11 @@ __all__ = [
     "Digits",
     "EMAHook",
     "ExportHook",
+    "HubImages",
     "ImageClassifier",
     "ImageFolder",
     "ImagePreprocessor",
+    "ImageStream",
     "LearningCurveHook",
     "OptimWrapper",
     "OptimWrapperConstructor",

@@ -6,7 +6,9 @@ its `unreadable` paths. Normalisation happens on the device (see ImagePreprocess
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,18 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader import Reader
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from visionssm.errors import UserError, did_you_mean
+from visionssm.errors import UserError, did_you_mean, first_line
 from visionssm.registry import DATASETS, FUNCTIONS
 
 IGNORED = -1  # the label of an image that could not be read: no metric counts it
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 
-class _ImageDataset(Dataset):
+class ImageDataset(Dataset):
     """What the data sets share: the split, the class names and timm's transform for that split."""
 
     def __init__(
@@ -35,15 +38,16 @@ class _ImageDataset(Dataset):
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.metainfo = {"classes": tuple(classes)}
         self.split = split
+        self.is_training = "train" in split
         self.data_config = {"input_size": (3, *size), **(transform or {})}
         for key in transform or {}:
             if key not in (known := signature(create_transform).parameters):
                 raise UserError(f"transform.{key}: timm's create_transform has no such argument{did_you_mean(key, known)}")
-        self.transform = create_transform(is_training=split == "train", normalize=False, **self.data_config)
+        self.transform = create_transform(is_training=self.is_training, normalize=False, **self.data_config)
 
 
 @DATASETS.register_module()
-class Digits(_ImageDataset):
+class Digits(ImageDataset):
     """1,797 real handwritten digits of 43 people, 8 x 8 pixels, which scikit-learn ships (UCI optdigits, test part).
 
     Args:
@@ -76,54 +80,14 @@ class Digits(_ImageDataset):
         return {"image": self.transform(self.images[index]), "label": self.labels[index], "unreadable": ()}
 
 
-@DATASETS.register_module()
-class ImageFolder(_ImageDataset):
-    """Images in `data_root/<split>/<class>/`, read by timm's folder reader.
+class IndexedImages(ImageDataset):
+    """Images that one of timm's readers finds by index.
 
     An image that cannot be decoded is replaced in training by the next one that can; in the other splits it keeps its
-    place as a black image with the label `IGNORED`. Either way its path travels with the batch, to be counted.
-
-    Args:
-        data_root: folder with one subfolder per split.
-        split: name of the subfolder; "train" gets training transforms.
-        input_size: side of the image that the model sees, or (height, width).
-        transform: further arguments of `timm.data.create_transform`.
-
-    Raises:
-        UserError: no data root, a missing or empty folder, a class that the training split does not know.
+    place as a black image with the label `IGNORED`. Either way its name travels with the batch, to be counted.
     """
 
-    def __init__(
-        self,
-        data_root: str | None,
-        split: str,
-        input_size: int | Sequence[int] = 224,
-        transform: Mapping[str, Any] | None = None,
-    ) -> None:
-        if data_root is None:
-            raise UserError("data_root: none given; add --cfg-options data_root=FOLDER")
-        root = Path(data_root).expanduser()
-        folder = root / split
-        if not folder.is_dir():
-            what = f"holds {', '.join(_subfolders(root)) or 'no folders'}" if root.is_dir() else "no such folder"
-            raise UserError(f"data_root: {root}: {what}; expected the split {split!r} in it, as {split}/<class>/<image>")
-        # the training split defines the class indices: another split may lack a class
-        train = root / "train"
-        classes = _subfolders(train if train.is_dir() else folder)
-        unknown = sorted(set(_subfolders(folder)) - set(classes))
-        if unknown:
-            raise UserError(f"data_root: {folder} holds classes that {train} lacks: {', '.join(unknown[:5])}")
-        for name in _subfolders(folder):
-            if nested := _subfolders(folder / name):
-                raise UserError(f"data_root: {folder / name} holds folders ({nested[0]}); images must lie directly in it")
-        super().__init__(classes, split, input_size, transform)
-        self.folder = folder
-        class_map = {name: index for index, name in enumerate(classes)}
-        try:
-            self.reader = create_dataset("", root=str(folder), search_split=False, class_map=class_map).reader
-        except RuntimeError as error:  # timm found no file with the name of an image
-            kinds = ", ".join(get_img_extensions())
-            raise UserError(f"data_root: no images in {folder}/<class>/; files looked for: {kinds}") from error
+    reader: Reader
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -135,15 +99,15 @@ class ImageFolder(_ImageDataset):
             image, label = self.read(candidate)
             if image is not None:
                 return {"image": self.transform(image), "label": label, "unreadable": tuple(unreadable)}
-            unreadable.append(self.reader.filename(candidate, absolute=True))
-            if self.split != "train":
+            unreadable.append(self.file_name(candidate))
+            if not self.is_training:
                 _, height, width = self.data_config["input_size"]
                 return {
                     "image": torch.zeros(3, height, width, dtype=torch.uint8),
                     "label": IGNORED,
                     "unreadable": tuple(unreadable),
                 }
-        raise UserError(f"data_root: none of the {len(self)} images in {self.folder} can be read")
+        raise UserError(f"data_root: none of the {len(self)} images in {self.place} can be read")
 
     def read(self, index: int) -> tuple[Image.Image | None, int]:
         """The decoded RGB image, or None where it cannot be decoded, and its label."""
@@ -153,6 +117,146 @@ class ImageFolder(_ImageDataset):
                 return Image.open(file).convert("RGB"), label
         except _DECODE_ERRORS:
             return None, IGNORED
+
+    def file_name(self, index: int) -> str:
+        """What to call an image in the list of unreadable ones."""
+        return self.reader.filename(index, absolute=True)
+
+    @property
+    def place(self) -> str:
+        """Where the images lie, for messages."""
+        raise NotImplementedError
+
+
+@DATASETS.register_module()
+class ImageFolder(IndexedImages):
+    """Images in `data_root/<split>/<class>/`, read by timm's folder reader.
+
+    Args:
+        data_root: folder with one subfolder per split.
+        split: name of the subfolder; a name with "train" in it gets training transforms.
+        input_size: side of the image that the model sees, or (height, width).
+        transform: further arguments of `timm.data.create_transform`.
+        class_map: a text file with the folder of one class a line, in the order of the labels; by default that of the names in
+            `data_root/train`.
+
+    Raises:
+        UserError: no data root, a missing or empty folder, a class that the training split or the map does not know.
+    """
+
+    def __init__(
+        self,
+        data_root: str | None,
+        split: str,
+        input_size: int | Sequence[int] = 224,
+        transform: Mapping[str, Any] | None = None,
+        class_map: str | None = None,
+    ) -> None:
+        if data_root is None:
+            raise UserError("data_root: none given; add --cfg-options data_root=FOLDER")
+        root = Path(data_root).expanduser()
+        folder = root / split
+        if not folder.is_dir():
+            what = f"holds {', '.join(_subfolders(root)) or 'no folders'}" if root.is_dir() else "no such folder"
+            raise UserError(f"data_root: {root}: {what}; expected the split {split!r} in it, as {split}/<class>/<image>")
+        # the training split defines the class indices: another split may lack a class
+        train = root / "train"
+        classes = read_class_map(class_map) if class_map else _subfolders(train if train.is_dir() else folder)
+        unknown = sorted(set(_subfolders(folder)) - set(classes))
+        if unknown:
+            raise UserError(f"data_root: {folder} holds classes that {class_map or train} lacks: {', '.join(unknown[:5])}")
+        for name in _subfolders(folder):
+            if nested := _subfolders(folder / name):
+                raise UserError(f"data_root: {folder / name} holds folders ({nested[0]}); images must lie directly in it")
+        super().__init__(classes, split, input_size, transform)
+        self.folder = folder
+        indices = {name: index for index, name in enumerate(classes)}
+        try:
+            self.reader = create_dataset("", root=str(folder), search_split=False, class_map=indices).reader
+        except RuntimeError as error:  # timm found no file with the name of an image
+            kinds = ", ".join(get_img_extensions())
+            raise UserError(f"data_root: no images in {folder}/<class>/; files looked for: {kinds}") from error
+
+    @property
+    def place(self) -> str:
+        """The split's folder."""
+        return str(self.folder)
+
+
+@DATASETS.register_module()
+class HubImages(IndexedImages):
+    """A data set of the Hugging Face hub, or a folder that their `datasets` package reads, through timm's reader.
+
+    Args:
+        name: `owner/name` on the hub, or a local folder, with parquet files for instance.
+        split: as the data set calls it; a name with "train" in it gets training transforms.
+        data_root: folder for what is downloaded; None takes the package's own.
+        input_size: side of the image that the model sees, or (height, width).
+        transform: further arguments of `timm.data.create_transform`.
+        input_key: the column with the images.
+        target_key: the column with the labels; its feature names the classes.
+
+    Raises:
+        UserError: the package is missing, or it refuses the name, the split or a column.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        data_root: str | None = None,
+        input_size: int | Sequence[int] = 224,
+        transform: Mapping[str, Any] | None = None,
+        input_key: str = "image",
+        target_key: str = "label",
+    ) -> None:
+        require_package("datasets", f"hub data set {name}")
+        self.name = name
+        try:
+            options = {"root": data_root, "split": split, "input_key": input_key, "target_key": target_key}
+            self.reader = create_dataset(f"hfds/{name}", **options).reader
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"dataset.name: {name}, split {split!r}: {first_line(error)}") from error
+        indices = self.reader.class_to_idx
+        if not indices:
+            raise UserError(f"dataset.target_key: column {target_key!r} of {name} does not name its classes")
+        super().__init__(sorted(indices, key=indices.get), split, input_size, transform)
+
+    def file_name(self, index: int) -> str:
+        """The file's name, where the data set has kept it, and the index."""
+        return f"{self.place}[{index}] {self.reader.filename(index) or ''}".rstrip()
+
+    @property
+    def place(self) -> str:
+        """The data set's name and split."""
+        return f"{self.name}/{self.split}"
+
+
+def require_package(package: str, purpose: str) -> None:
+    """Refuse to go on without a package that only some data sets need.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec(package) is None:
+        raise UserError(f"{purpose} needs the package {package}: pip install {package}")
+
+
+def read_class_map(file: str) -> list[str]:
+    """The class names in a text file, one a line.
+
+    Raises:
+        UserError: no such file, an empty one, or a name that comes twice.
+    """
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"class_map: {file}: {first_line(error)}") from error
+    names = [line.strip() for line in lines if line.strip()]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if not names or twice:
+        raise UserError(f"class_map: {file}: {f'{twice[0]} comes twice' if twice else 'names no class'}")
+    return names
 
 
 def _subfolders(folder: Path) -> list[str]:

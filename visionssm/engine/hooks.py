@@ -177,9 +177,7 @@ class DataCheckHook(Hook):
         """
         loader = runner.train_dataloader
         if loader.persistent_workers:
-            raise UserError(
-                "train_dataloader.persistent_workers: expected False, as a resumed run could not repeat their state"
-            )
+            raise UserError("train_dataloader.persistent_workers: expected False, as a resumed run could not repeat their state")
         if getattr(unwrapped(runner.model).data_preprocessor, "mixup", None) is None:
             return
         if loader.batch_size % 2:

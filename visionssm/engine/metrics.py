@@ -1,9 +1,11 @@
 """Top-k accuracy."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
+from mmengine.dist import all_gather_object
 from mmengine.evaluator import BaseMetric
 
 from visionssm.errors import UserError
@@ -20,11 +22,10 @@ class TopK(BaseMetric):
 
     Args:
         topk: the values of k.
-        collect_device: "cpu" or "gpu", where the results of all processes meet.
     """
 
-    def __init__(self, topk: Sequence[int] = (1, 5), collect_device: str = "cpu") -> None:
-        super().__init__(collect_device=collect_device, prefix="accuracy")
+    def __init__(self, topk: Sequence[int] = (1, 5)) -> None:
+        super().__init__(prefix="accuracy")
         self.topk = tuple(topk)
 
     def process(self, data_batch: Mapping[str, Any], data_samples: Sequence[Mapping[str, Any]]) -> None:
@@ -34,6 +35,18 @@ class TopK(BaseMetric):
         order = scores.argsort(dim=1, descending=True, stable=True)  # equal scores: the earlier class first
         ranks = (order == labels[:, None]).int().argmax(1)
         self.results += [None if label == IGNORED else rank for rank, label in zip(ranks.tolist(), labels.tolist(), strict=True)]
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """The percentages over all processes, which may have seen different numbers of images.
+
+        Args:
+            size: images in the data set; what a sampler has added to give every process as many comes last and is left out.
+        """
+        parts = all_gather_object(self.results)
+        absent = object()
+        results = [rank for row in zip_longest(*parts, fillvalue=absent) for rank in row if rank is not absent]
+        self.results = []
+        return {f"{self.prefix}/{name}": value for name, value in self.compute_metrics(results[:size]).items()}
 
     def compute_metrics(self, results: list[int | None]) -> dict[str, float]:
         """Percentages over the images that could be read.

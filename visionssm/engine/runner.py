@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmengine.dist import master_only
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner as MMEngineRunner
+from torch import nn
 from torch.utils.data import DataLoader
 
 from visionssm.errors import UserError, shortened
@@ -28,6 +30,12 @@ class Runner(MMEngineRunner):
                 handler.setLevel(max(handler.level, logging.WARNING))
                 handler.addFilter(lambda record: "deprecated" not in record.getMessage())
         return logger
+
+    def train(self) -> nn.Module:
+        """Train; a schedule in iterations goes on while gradients accumulate, of which mmengine would warn."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Detected call of `scheduler.step\(\)` before `optimizer.step\(\)`")
+            return super().train()
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:

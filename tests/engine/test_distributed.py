@@ -1,0 +1,219 @@
+"""Two processes on a CPU, started once for all tests of this file."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from visionssm import config_path
+from visionssm.engine import ImageStream, RepeatedAugmentation
+from visionssm.engine.launch import main_train
+from visionssm.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves shards open
+needs_webdataset = pytest.mark.skipif(find_spec("webdataset") is None, reason="needs the package webdataset")
+PLAIN = """
+_base_ = {base!r}
+model = dict(backbone=dict(model_name="test_vit", img_size=32))
+augmentation = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+train_cfg = dict(max_epochs=1, val_interval=1)
+train_dataloader = dict(batch_size=16, num_batch_per_epoch=4, dataset=dict(transform=augmentation))
+val_dataloader = dict(batch_size=30)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type="SGD", lr=0.1, momentum=0.9), clip_grad=dict(max_norm=0.5))
+param_scheduler = None  # in iterations, of which accumulated batches have more
+"""
+
+
+def write_shards(folder, shards=8, images=6):
+    """Images of one colour each; the label is the image's number."""
+    lengths = [images] * shards
+    for split in ("train", "validation"):
+        for shard in range(shards):
+            with tarfile.open(folder / f"{split}-{shard:02}.tar", "w") as tar:
+                for index in range(shard * images, (shard + 1) * images):
+                    png = io.BytesIO()
+                    Image.fromarray(np.full((20, 20, 3), index, dtype=np.uint8)).save(png, "png")
+                    for suffix, content in (("png", png.getvalue()), ("cls", str(index).encode())):
+                        entry = tarfile.TarInfo(f"{index:04}.{suffix}")
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+    splits = {
+        split: {
+            "name": split,
+            "filenames": [f"{split}-{shard:02}.tar" for shard in range(shards)],
+            "shard_lengths": lengths,
+            "num_samples": sum(lengths),
+        }
+        for split in ("train", "validation")
+    }
+    (folder / "_info.json").write_text(json.dumps({"splits": splits}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A config without anything random but the order of the images, and none of it depends on the batch."""
+    config = tmp_path_factory.mktemp("plain") / "plain.py"
+    config.write_text(PLAIN.format(base=str(config_path("classification/vmamba-nano_digits"))))
+    return str(config)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, plain):
+    """What two processes have seen and printed, and their work directory."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "shards").mkdir()
+    shards = write_shards(folder / "shards") if find_spec("webdataset") else "none"
+    script = Path(__file__).with_name("two_processes.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*launcher, str(script), str(shards), plain, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return {"ranks": ranks, "out": run.stdout, "work": folder / "work"}
+
+
+def weights(work):
+    return torch.load(work / "epoch_1.pth", weights_only=False)["state_dict"]  # the file was written by this test
+
+
+def train_alone(plain, work, *options):
+    assert main_train([plain, "--work-dir", str(work), *(("--cfg-options", *options) if options else ())]) == 0
+    return weights(work)
+
+
+def test_two_processes_train_as_one_and_so_do_accumulated_batches(pair, plain, tmp_path, capsys):
+    """Same images an update, so the same weights up to the order of float32 sums: 1e-5 of each tensor's largest value."""
+    alone = train_alone(plain, tmp_path / "alone")
+    accuracy = re.search(r"^top-1: .*$", capsys.readouterr().out, re.MULTILINE)[0]
+    assert pair["out"].count(accuracy) == 1  # the same result, printed by one of the two
+    options = ("train_dataloader.batch_size=8", "train_dataloader.num_batch_per_epoch=8", "optim_wrapper.accumulative_counts=2")
+    accumulated = train_alone(plain, tmp_path / "accumulated", *options)
+    for name, expected in alone.items():
+        for other in (weights(pair["work"]), accumulated):
+            torch.testing.assert_close(other[name], expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+    fewer = train_alone(plain, tmp_path / "fewer", "train_dataloader.batch_size=8")
+    assert max((fewer[name] - value).abs().max().item() for name, value in alone.items()) > 1e-3
+
+
+@needs_webdataset
+def test_every_process_trains_on_shards_of_its_own(pair):
+    epochs = [rank["train"]["epochs"] for rank in pair["ranks"]]
+    for number in (0, 1):
+        first, second = set(epochs[0][number]), set(epochs[1][number])
+        assert not first & second
+        assert first | second == set(range(48))
+        assert {label // 6 for label in first} & {label // 6 for label in second} == set()
+        assert len(epochs[0][number]) == len(epochs[1][number]) == 24
+    assert epochs[0][0] != epochs[0][1]
+    assert set(epochs[0][0]) != set(epochs[0][1])  # the shards are dealt out anew
+    assert [rank["train"]["batches"] for rank in pair["ranks"]] == [6, 6]
+
+
+@needs_webdataset
+def test_every_image_is_validated_once(pair):
+    first, second = (rank["validation"]["epochs"] for rank in pair["ranks"])
+    assert sorted(first[0] + second[0]) == list(range(48))
+    assert first[0] == first[1]
+
+
+@needs_webdataset
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_order_follows_from_seed_and_epoch(num_workers, tmp_path):
+    write_shards(tmp_path)
+
+    def labels(epoch, seed=0, begin=True):
+        stream = ImageStream("wds/", "train", str(tmp_path), num_classes=48, input_size=16, seed=seed)
+        stream.set_loader(4, num_workers)
+        for number in range(0 if begin else epoch, epoch + 1):
+            stream.set_epoch(number)
+            torch.manual_seed(1000 * seed + number)  # as RandomnessHook does; the workers' seeds follow
+            found = [sample["label"] for sample in DataLoader(stream, batch_size=None, num_workers=num_workers)]
+        return found
+
+    assert labels(2) == labels(2, begin=False)  # a resumed run begins there
+    assert len({tuple(labels(*key)) for key in ((0,), (1,), (0, 1))}) == 3
+
+
+@needs_webdataset
+def test_broken_images_in_shards_are_named(tmp_path):
+    write_shards(tmp_path, shards=2)
+    file = tmp_path / "validation-01.tar"
+    content = file.read_bytes()
+    place = content.index(b"\x89PNG", content.index(b"0009.png"))
+    file.write_bytes(content[:place] + b"nothing!" + content[place + 8 :])
+    stream = ImageStream("wds/", "validation", str(tmp_path), num_classes=48, input_size=16)
+    samples = list(stream)
+    assert [sample["label"] for sample in samples] == [label for label in range(12) if label != 9]
+    assert [name for sample in samples for name in sample["unreadable"]] == [f"{file}/0009"]
+
+
+@needs_webdataset
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "wsd/"}, r"dataset.name: got 'wsd/', expected 'wds/' or 'hfids/NAME'"),
+        ({"data_root": None}, r"data_root: none given"),
+        ({"split": "trian"}, r"split 'trian' in .*: split trian not found"),
+        ({"num_classes": None}, r"dataset.num_classes: expected a number"),
+        ({"class_map": "nowhere.txt"}, r"class_map: nowhere.txt: "),
+    ],
+)
+def test_wrong_streams(arguments, message, tmp_path):
+    write_shards(tmp_path, shards=1)
+    right = {"name": "wds/", "split": "train", "data_root": str(tmp_path), "num_classes": 48}
+    with pytest.raises(UserError, match=message):
+        ImageStream(**{**right, **arguments})
+
+
+@needs_webdataset
+@pytest.mark.parametrize(
+    ("world_size", "num_workers", "message"),
+    [
+        (3, 1, "8 shards for 3 processes; expected a multiple"),
+        (2, 5, "num_workers: got 5 in each of 2 processes, with 8 shards; expected at most 4"),
+    ],
+)
+def test_shards_that_cannot_be_shared_out(world_size, num_workers, message, tmp_path, monkeypatch):
+    write_shards(tmp_path)
+    monkeypatch.setattr("visionssm.engine.stream.get_dist_info", lambda: (0, world_size))
+    stream = ImageStream("wds/", "train", str(tmp_path), num_classes=48)
+    with pytest.raises(UserError, match=message):
+        stream.set_loader(4, num_workers)
+
+
+def test_repeated_augmentation(monkeypatch):
+    data = list(range(600))
+
+    def epoch(rank, number, seed=0):
+        monkeypatch.setattr("visionssm.engine.samplers.get_dist_info", lambda: (rank, 4))
+        sampler = RepeatedAugmentation(data, seed=seed)
+        sampler.set_epoch(number)
+        assert len(list(sampler)) == len(sampler)
+        return list(sampler)
+
+    parts = [epoch(rank, 0) for rank in range(4)]
+    together = sorted(index for part in parts for index in part)
+    counts = np.bincount(together, minlength=600)
+    assert len(together) == 512  # whole blocks of 256 images
+    assert (counts == 3).sum() == 170
+    assert (counts == 0).sum() == 600 - 171
+    assert all(len(set(part)) == len(part) for part in parts)  # the repeats of an image are in different processes
+    assert parts[0] == epoch(0, 0)
+    assert len({tuple(epoch(0, *key)) for key in ((0, 0), (1, 0), (0, 1))}) == 3
