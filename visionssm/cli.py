@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
+from .commands.training import add_test_arguments, add_train_arguments, needs_training
 from .errors import UserError
 
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
@@ -282,6 +283,35 @@ def _erf(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_train(commands: Any) -> None:
+    example = "visionssm train vmamba-nano_digits --work-dir runs/digits --cfg-options train_cfg.max_epochs=5"
+    parser = _command(commands, "train", "train from a config", example)
+    add_train_arguments(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    with needs_training():
+        from .engine.launch import train
+    train(args)
+    return 0
+
+
+def _add_test(commands: Any) -> None:
+    parser = _command(
+        commands, "test", "test a training run's checkpoint", "visionssm test vmamba-nano_digits runs/digits/epoch_5.pth"
+    )
+    add_test_arguments(parser)
+    parser.set_defaults(run=_test)
+
+
+def _test(args: argparse.Namespace) -> int:
+    with needs_training():
+        from .engine.launch import test
+    test(args)
+    return 0
+
+
 def _add_env(commands: Any) -> None:
     parser = _command(commands, "env", "show versions, devices and which operator backends run here", "visionssm env")
     parser.set_defaults(run=_env)
@@ -294,4 +324,16 @@ def _env(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = (_add_list, _add_info, _add_classify, _add_explain, _add_erf, _add_download, _add_convert, _add_verify, _add_env)
+COMMANDS = (
+    _add_list,
+    _add_info,
+    _add_classify,
+    _add_explain,
+    _add_erf,
+    _add_download,
+    _add_convert,
+    _add_verify,
+    _add_train,
+    _add_test,
+    _add_env,
+)

@@ -1,15 +1,17 @@
 """The arguments of `visionssm train` and `visionssm test`, which tools/train.py and tools/test.py take too; light to import."""
 
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from visionssm.errors import UserError
 
 
 def add_train_arguments(parser: ArgumentParser) -> None:
     """What training takes."""
     _add_common_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work directory")
-    parser.add_argument(
-        "--amp", action="store_true", help="mixed precision: the config's optim_wrapper.dtype, or bfloat16"
-    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision: the config's optim_wrapper.dtype, or bfloat16")
     parser.add_argument("--compile", action="store_true", help="run the backbone through torch.compile")
 
 
@@ -30,3 +32,16 @@ def _add_common_arguments(parser: ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="changes to the config, e.g. train_cfg.max_epochs=5",
     )
+
+
+@contextmanager
+def needs_training() -> Iterator[None]:
+    """Around the import of what trains.
+
+    Raises:
+        UserError: mmengine or another package of the extra [train] is missing.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(str(error)) from error
