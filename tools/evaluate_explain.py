@@ -1,12 +1,14 @@
 """Compare explanation methods on trained classifiers: perturbation of test images, and agreement with object masks.
 
     python tools/evaluate_explain.py CHECKPOINT... --images FOLDER --masks FOLDER [--count N] [--csv FILE]
+    python tools/evaluate_explain.py CHECKPOINT... --digits [--count N] [--csv FILE]
     python tools/evaluate_explain.py --table
 
-CHECKPOINT is what `visionssm explain` takes. `--images` is a folder of class folders, of which the first N images, spread evenly
-over the classes, are masked step by step. `--masks` is in COCO's layout (annotations/instances_*.json and a folder per split):
-objects of the model's classes are cut out with a margin, made as small as the model's images, and their polygons are the masks.
-`--table` prints the CSV as the table of docs/explain.md.
+CHECKPOINT is what `visionssm explain` takes; its rows replace those of the same model and data in the CSV file. `--images` is a
+folder of class folders, of which the first N images, the same number of every class, are masked step by step. `--masks` is in
+COCO's layout (annotations/instances_*.json and a folder per split): objects of the model's classes are cut out with a margin, made
+as small as the model's images, and their polygons are the masks. `--digits` takes both from scikit-learn's handwritten digits: the
+first N test images, and as masks their ink, half of full strength or more. `--table` prints the CSV as docs/explain.md shows it.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from visionssm import explain
 from visionssm.commands.classifier import Classifier, load_classifier
+from visionssm.engine.data import Digits
 from visionssm.errors import UserError
 
 CSV = Path(__file__).parents[1] / "benchmarks" / "explain_evaluation.csv"
@@ -33,7 +36,7 @@ COCO_NAMES = {"automobile": "car", "ship": "boat"}  # where a class of ours has 
 SMALLEST = 32  # pixels of an object's box
 MARGIN = 0.25  # of the object's longer side, on either side
 COVERED = (0.05, 0.9)  # share of the cut-out that is object
-FIELDS = ("model", "method", "positive_auc", "negative_auc", "pixel_accuracy", "mean_iou", "mean_ap", "seconds")
+FIELDS = ("model", "data", "method", "positive_auc", "negative_auc", "pixel_accuracy", "mean_iou", "mean_ap", "seconds")
 
 
 def methods(model: nn.Module) -> dict[str, Callable[[nn.Module, Tensor, Tensor | None], Tensor]]:
@@ -68,7 +71,24 @@ def _centre(model: nn.Module, images: Tensor, target: Tensor | None) -> Tensor:
     return -(y[:, None].square() + x.square()).expand(len(images), -1, -1)
 
 
-def test_images(classifier: Classifier, folder: Path, count: int) -> list[tuple[Tensor, Tensor]]:
+Batches = list[tuple[Tensor, Tensor]]
+Cuts = list[tuple[Tensor, Tensor, int]]
+
+
+def digits(classifier: Classifier, count: int) -> tuple[Batches, Cuts]:
+    """Handwritten digits: batches of images and labels; images, their ink and labels."""
+    dataset = Digits("test", classifier.data_config["input_size"][1:])
+    dataset.transform = classifier.transform
+    side = classifier.data_config["input_size"][1]
+    cut = []
+    for image, item in zip(dataset.images[:count], dataset, strict=False):
+        grey = image.convert("L").resize((side, side), Image.Resampling.BICUBIC)
+        cut.append((item["image"], torch.from_numpy(np.asarray(grey) > 127), item["label"]))
+    images, labels = torch.stack([c[0] for c in cut]), torch.tensor([c[2] for c in cut])
+    return list(zip(images.split(BATCH), labels.split(BATCH), strict=True)), cut
+
+
+def test_images(classifier: Classifier, folder: Path, count: int) -> Batches:
     """Batches of images and labels, the same number of every class."""
     names = [classifier.name_of(i) for i in range(classifier.model.num_classes)]
     pairs = []
@@ -114,28 +134,38 @@ def _square(box: list[float], size: tuple[int, int]) -> tuple[int, int, int, int
     return left, top, left + side, top + side
 
 
-def evaluate(source: str, images: Path, masks: Path, count: int) -> Iterator[dict[str, object]]:
+def evaluate(source: str, arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     """One row for every method; what it was measured on goes to stdout."""
     classifier = load_classifier(source)
     model, name = classifier.model, classifier.model.pretrained_cfg["architecture"]
-    loader = test_images(classifier, images, count)
-    cut = list(objects(classifier, masks))
+    if arguments.digits:
+        data, (loader, cut) = "digits", digits(classifier, arguments.count)
+    else:
+        data, loader = arguments.images.parent.name, test_images(classifier, arguments.images, arguments.count)
+        cut = list(objects(classifier, arguments.masks))
     pictures, shapes, labels = (torch.stack([torch.as_tensor(c[i]) for c in cut]) for i in range(3))
     with torch.no_grad():
         right = sum((model(x.to(classifier.device)).argmax(1).cpu() == y).sum().item() for x, y in loader)
         right_cut = (model(pictures.to(classifier.device)).argmax(1).cpu() == labels).sum().item()
-    print(
-        f"{classifier.description}\n{right} of {len(loader) * BATCH} test images right; {right_cut} of {len(cut)} cut-outs",
-        flush=True,
-    )
+    total = sum(len(y) for _, y in loader)
+    print(f"{classifier.description}\n{right} of {total} test images right; {right_cut} of {len(cut)} masked ones", flush=True)
     for method, compute in methods(model).items():
         torch.manual_seed(0)
         start = time.perf_counter()
         areas = [explain.perturbation_auc(model, loader, compute, mode).auc for mode in ("positive", "negative")]
-        scores = explain.segmentation_scores(model, [(pictures, shapes)], compute)
-        values = (name, method, *areas, scores.pixel_accuracy, scores.mean_iou, scores.mean_ap, time.perf_counter() - start)
-        print("  ".join(v if isinstance(v, str) else f"{v:.3f}" for v in values), flush=True)
-        yield dict(zip(FIELDS, (v if isinstance(v, str) else round(v, 4) for v in values), strict=True))
+        batches = zip(pictures.split(BATCH), shapes.split(BATCH), strict=True)
+        scores = explain.segmentation_scores(model, batches, compute)
+        values = (*areas, scores.pixel_accuracy, scores.mean_iou, scores.mean_ap, time.perf_counter() - start)
+        print(f"{name}  {data}  {method}  {'  '.join(f'{v:.3f}' for v in values)}", flush=True)
+        yield dict(zip(FIELDS, (name, data, method, *(f"{v:.4f}" for v in values)), strict=True))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where there is no file yet."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def table(path: Path) -> list[str]:
@@ -147,13 +177,13 @@ def table(path: Path) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        peers = [peer for peer in rows if peer["model"] == row["model"]]
+        peers = [peer for peer in rows if (peer["model"], peer["data"]) == (row["model"], row["data"])]
         cells = []
-        for field in FIELDS[2:7]:
+        for field in FIELDS[3:8]:
             best = (min if field == "positive_auc" else max)(float(peer[field]) for peer in peers)
             text = f"{100 * float(row[field]):.1f}"
             cells.append(f"**{text}**" if float(row[field]) == best else text)
-        lines.append(f"| {row['model']} | {row['method']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['model']}, {row['data']} | {row['method']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -163,6 +193,7 @@ def main() -> int:
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
     parser.add_argument("--images", type=Path, metavar="FOLDER")
     parser.add_argument("--masks", type=Path, metavar="FOLDER")
+    parser.add_argument("--digits", action="store_true")
     parser.add_argument("--count", type=int, default=200, metavar="N", help="images to perturb; default: 200")
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--table", action="store_true", help="print the CSV as Markdown")
@@ -170,13 +201,15 @@ def main() -> int:
     if args.table:
         print(*table(args.csv), sep="\n")
         return 0
-    if not (args.checkpoints and args.images and args.masks):
-        parser.error("expected checkpoints, --images and --masks, or --table")
+    if not (args.checkpoints and (args.digits or (args.images and args.masks))):
+        parser.error("expected checkpoints with --images and --masks or with --digits, or --table")
     try:
-        rows = [row for source in args.checkpoints for row in evaluate(source, args.images, args.masks, args.count)]
+        rows = [row for source in args.checkpoints for row in evaluate(source, args)]
     except UserError as error:
         print(f"evaluate_explain: {error}", file=sys.stderr)
         return 1
+    measured = {(row["model"], row["data"]) for row in rows}
+    rows = [row for row in read(args.csv) if (row["model"], row["data"]) not in measured] + rows
     with args.csv.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()

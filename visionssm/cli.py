@@ -235,6 +235,8 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--method", default="rollout", metavar="METHOD", help=methods)
     parser.add_argument("--class", dest="target", type=_number, metavar="N", help="the class to explain; default: predicted")
     parser.add_argument("--layer", type=_number, metavar="K", help="the layer whose paths are drawn and where the method starts")
+    signed = "draw rollout, raw and paths from signed attention, as in the paper; default: from its magnitudes"
+    parser.add_argument("--signed", action="store_true", help=signed)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     parser.set_defaults(run=_explain)
 
@@ -251,7 +253,7 @@ def _explain(args: argparse.Namespace) -> int:
     explanations, status = [], 0
     for path in args.images:
         try:
-            explanations.append(explain_image(classifier, path, args.method, args.target, args.layer))
+            explanations.append(explain_image(classifier, path, args.method, args.target, args.layer, args.signed))
         except UserError as error:
             complain(args, error)
             status = 1

@@ -5,8 +5,8 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import build
 from PIL import Image
+from small_models import build
 from torch import nn
 from torch.testing import assert_close
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODELS, build
+from small_models import MODELS, build
 from torch.testing import assert_close
 
 from visionssm.explain import record

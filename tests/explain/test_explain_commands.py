@@ -72,7 +72,7 @@ def test_explain_draws(method, saved, photo, tmp_path, capsys):
 def test_options_change_the_picture(saved, photo, tmp_path, capsys):
     pictures = []
     for i, options in enumerate(
-        ([], ["--method", "attribution"], ["--method", "raw"], ["--layer", 1], ["--method", "raw", "--layer", 1])
+        ([], ["--signed"], ["--method", "attribution"], ["--method", "raw"], ["--layer", 1], ["--method", "raw", "--layer", 1])
     ):
         out = tmp_path / f"{i}.png"
         assert run(capsys, "explain", saved["vim_nano"], photo, "-o", out, *options)[0] == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build
+from small_models import build
 from torch.testing import assert_close
 
 from visionssm.errors import UserError

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build
+from small_models import build
 from torch.testing import assert_close
 
 from visionssm.errors import UserError

@@ -54,7 +54,12 @@ def check_method(method: str) -> None:
 
 
 def explain_image(
-    classifier: Classifier, path: Path, method: str = "rollout", target: int | None = None, layer: int | None = None
+    classifier: Classifier,
+    path: Path,
+    method: str = "rollout",
+    target: int | None = None,
+    layer: int | None = None,
+    signed: bool = False,
 ) -> Explanation:
     """Explain one image.
 
@@ -65,6 +70,7 @@ def explain_image(
         target: the class to explain; None for the predicted one.
         layer: the layer whose paths are shown; "raw" shows its attention alone, "rollout" and "attribution" start there.
             None: the first of the late layers for the paths, each method's own default for the map.
+        signed: draw "rollout", "raw" and the paths from the signed elements, as in the paper, and not from their magnitudes.
 
     Raises:
         UserError: not an image; no such class or layer; captum is missing.
@@ -81,27 +87,27 @@ def explain_image(
     shown = late_layer(tape) if layer is None else tape.check_layer(layer)
     index = int(scores.argmax()) if target is None else target
     attention, token = tape.attention(shown), tape.default_token
-    parts = [(name, attention.direction(k)) for k, name in enumerate(attention.paths)]
+    parts = [attention.direction(k) if signed else attention.direction(k).magnitude() for k in range(len(attention.paths))]
     return Explanation(
         path,
         _enlarged(unnormalised(pixels, config["mean"], config["std"])),
         classifier.name_of(index),
         scores[index].item(),
-        _map(tape, model, batch, method, index, layer)[0],
+        _map(tape, batch, method, index, layer, signed)[0],
         shown,
-        [(name, part.to_map(part.rows(token))[0]) for name, part in parts],
+        [(part.paths[0], part.to_map(part.rows(token))[0]) for part in parts],
     )
 
 
-def _map(tape: explain.Tape, model: torch.nn.Module, batch: Tensor, method: str, target: int, layer: int | None) -> Tensor:
+def _map(tape: explain.Tape, batch: Tensor, method: str, target: int, layer: int | None, signed: bool) -> Tensor:
     if method == "rollout":
-        return explain.rollout(tape, start_layer=layer or 0)
+        return explain.rollout(tape, start_layer=layer or 0, magnitude=not signed)
     if method == "raw":
         start = None if layer is None else tape.check_layer(layer)
-        return explain.raw(tape, start_layer=start, end_layer=None if start is None else start + 1)
+        return explain.raw(tape, start_layer=start, end_layer=None if start is None else start + 1, magnitude=not signed)
     if method == "attribution":
-        return explain.attribution(model, batch, target, start_layer=layer)
-    return explain.gradients(model, batch, target, method)
+        return explain.attribution(tape.network, batch, target, start_layer=layer)
+    return explain.gradients(tape.network, batch, target, method)
 
 
 def draw_explanations(explanations: Sequence[Explanation], method: str, path: Path) -> None:
