@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from visionssm.engine import Digits, ImageFolder
+from visionssm.engine import Digits, HubImages, ImageFolder, ImageStream
 from visionssm.engine.data import IGNORED, collate
 from visionssm.engine.launch import main_train
 from visionssm.errors import UserError
@@ -117,3 +118,80 @@ def test_no_readable_image_left_in_a_worker(photographs, tmp_path):
     # Before it, torch may warn of more workers than this machine has processors.
     assert re.match(r"train\.py: error: data_root: none of the 12 images in .*train can be read", run.stderr.splitlines()[-1])
     assert "Traceback" not in run.stderr
+
+
+def test_class_map_orders_the_labels(photographs, tmp_path):
+    names = tmp_path / "classes.txt"
+    names.write_text("dark\ngrey\nbright\n")
+    dataset = ImageFolder(str(photographs), "test", input_size=32, class_map=str(names))
+    assert dataset.metainfo["classes"] == ("dark", "grey", "bright")
+    samples = [dataset[index] for index in range(4)]
+    assert [sample["label"] for sample in samples] == [2 if sample["image"].float().mean() > 100 else 0 for sample in samples]
+    assert {sample["label"] for sample in samples} == {0, 2}
+    names.write_text("dark\n")
+    with pytest.raises(UserError, match=r"holds classes that .*classes.txt lacks: bright"):
+        ImageFolder(str(photographs), "test", class_map=str(names))
+    names.write_text("dark\ndark\n")
+    with pytest.raises(UserError, match=r"classes.txt: dark comes twice"):
+        ImageFolder(str(photographs), "test", class_map=str(names))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A data set as the hub keeps them: four files for training, one for validation, of images with names for the labels."""
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+    folder = tmp_path / "parquet"
+    (folder / "data").mkdir(parents=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "bright"])})
+    for split, shards in (("train", 4), ("validation", 1)):
+        for shard in range(shards):
+            images = [Image.new("RGB", (20, 20), (level + shard,) * 3) for level in (10, 200, 30)]
+            part = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0]}, features=features)
+            part.to_parquet(folder / "data" / f"{split}-{shard:05}-of-{shards:05}.parquet")
+    return folder
+
+
+@pytest.fixture
+def quiet_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_hub_images(parquet, quiet_hub, tmp_path):
+    arguments = {"data_root": str(tmp_path / "cache"), "input_size": 16}
+    dataset = HubImages(str(parquet), "validation", **arguments)
+    assert dataset.metainfo["classes"] == ("dark", "bright")
+    batch = next(iter(DataLoader(dataset, batch_size=3, collate_fn=collate)))
+    assert batch["images"].float().mean((1, 2, 3)).round().tolist() == [10, 200, 30]
+    assert batch["labels"].tolist() == [0, 1, 0]
+    with pytest.raises(UserError, match=r"dataset.name: .*parquet, split 'test': "):
+        HubImages(str(parquet), "test", **arguments)
+    with pytest.raises(UserError, match=r"dataset.target_key: .*parquet has no column 'lable'; did you mean label"):
+        HubImages(str(parquet), "train", target_key="lable", **arguments)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_hub_stream(parquet, quiet_hub, tmp_path):
+    def levels(split, epoch):
+        sizes = {"num_classes": 2, "num_samples": 12 if split == "train" else 3, "input_size": 16}
+        sizes |= {"transform": {"color_jitter": None}} if split == "train" else {}
+        stream = ImageStream(f"hfids/{parquet}", split, str(tmp_path / "cache"), **sizes)
+        stream.set_loader(2, 0)
+        stream.set_epoch(epoch)
+        samples = list(stream)
+        assert all(sample["label"] == (sample["image"].float().mean() > 100) for sample in samples)
+        return [round(sample["image"].float().mean().item()) for sample in samples]
+
+    first = levels("train", 0)
+    assert sorted(first) == sorted(level + shard for level in (10, 200, 30) for shard in range(4))
+    assert first == levels("train", 0) != levels("train", 1)
+    assert levels("validation", 0) == [10, 200, 30]
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("visionssm.engine.data.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the package webdataset: pip install webdataset"):
+        ImageStream("wds/", "train", "somewhere", num_classes=2)
+    with pytest.raises(UserError, match="hub data set x/y needs the package datasets: pip install datasets"):
+        HubImages("x/y", "train")

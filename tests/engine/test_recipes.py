@@ -222,3 +222,18 @@ def test_data_and_hooks(name):
     averages = [hook.decay for hook in cfg.custom_hooks if hook.type == "visionssm.EMAHook"]
     assert averages == ([] if want.ema is None else [want.ema])
     assert cfg.randomness.seed == want.seed
+
+
+@pytest.mark.parametrize(("data", "kind"), [("wds", "visionssm.ImageStream"), ("hfds", "visionssm.HubImages")])
+def test_the_same_recipe_from_shards_or_from_the_hub(data, kind):
+    name = "vmamba-tiny-s1l8_8xb128-300e_in1k"
+    plain, cfg = load_config(name), load_config(f"{name}-{data}")
+    for key in ("model", "optim_wrapper", "param_scheduler", "auto_scale_lr", "custom_hooks", "train_cfg"):
+        assert cfg[key] == plain[key]
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        assert cfg[loader].dataset.type == kind
+        assert cfg[loader].dataset.transform == plain[loader].dataset.transform
+        assert cfg[loader].batch_size == 128
+        assert (cfg[loader].sampler is None) == (data == "wds")
+    assert cfg.train_dataloader.dataset.split == "train"
+    assert cfg.test_dataloader.dataset.split == "validation"

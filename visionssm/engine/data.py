@@ -217,6 +217,11 @@ class HubImages(IndexedImages):
             self.reader = create_dataset(f"hfds/{name}", **options).reader
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"dataset.name: {name}, split {split!r}: {first_line(error)}") from error
+        columns = self.reader.dataset.column_names
+        for argument, column in (("input_key", input_key), ("target_key", target_key)):
+            if column not in columns:
+                near = did_you_mean(column, columns) or f"; it has {', '.join(columns)}"
+                raise UserError(f"dataset.{argument}: {name} has no column {column!r}{near}")
         indices = self.reader.class_to_idx
         if not indices:
             raise UserError(f"dataset.target_key: column {target_key!r} of {name} does not name its classes")
