@@ -10,12 +10,14 @@ from .optim import OptimWrapper, OptimWrapperConstructor
 from .progress import ProgressHook
 from .runner import Runner
 from .samplers import RepeatedAugmentation
+from .search import DirectionSearch
 from .stream import ImageStream
 
 __all__ = [
     "ContactSheetHook",
     "DataCheckHook",
     "Digits",
+    "DirectionSearch",
     "EMAHook",
     "ExportHook",
     "HubImages",

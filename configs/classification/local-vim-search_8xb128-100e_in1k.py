@@ -1,0 +1,16 @@
+# The search for LocalVim's, for both sizes scan directions: a narrow super-net with all eight in every layer. Then
+# tools/decode_directions.py CHECKPOINT local-vim-tiny_8xb128-300e_in1k -o FOUND.py, and tools/train.py FOUND.py.
+_base_ = [
+    "../_base_/models/imagenet-classifier.py",
+    "../_base_/datasets/imagenet.py",
+    "../_base_/schedules/imagenet-local-mamba.py",
+    "../_base_/runtimes/local-mamba.py",
+]
+
+model = dict(
+    type="visionssm.DirectionSearch",
+    backbone=dict(model_name="local_vim_tiny", embed_dim=128, drop_path_rate=0.1),
+    mixup=dict(mixup_alpha=0.2),
+)
+train_cfg = dict(max_epochs=100)
+train_dataloader = dict(dataset=dict(transform=dict(auto_augment="rand-m9-mstd0.5")))
