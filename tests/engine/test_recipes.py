@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULE
 
 from visionssm.engine import Runner
 from visionssm.engine.config import load_config
+from visionssm.engine.launch import main_train
 from visionssm.engine.optim import OptimWrapper
 from visionssm.recipes import recipes
 
@@ -222,6 +223,43 @@ def test_data_and_hooks(name):
     averages = [hook.decay for hook in cfg.custom_hooks if hook.type == "visionssm.EMAHook"]
     assert averages == ([] if want.ema is None else [want.ema])
     assert cfg.randomness.seed == want.seed
+
+
+SHORT = [
+    "input_size=32",
+    "model.backbone.num_classes=2",
+    "train_dataloader.batch_size=4",
+    "train_dataloader.num_workers=0",
+    "val_dataloader.num_workers=0",
+    "test_dataloader.num_workers=0",
+    "test_dataloader.dataset.split=test",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("vim-tiny_8xb128-300e_in1k", "vim_nano"),
+        ("local-vmamba-tiny_8xb128-300e_in1k", "local_vmamba_nano"),
+    ],
+)
+def test_a_recipe_runs_from_its_first_to_its_last_epoch(name, model, photographs, tmp_path, capsys):
+    """With a nano, twelve images and two epochs; the precision that needs a GPU is bfloat16 here."""
+    precision = ["optim_wrapper.dtype=bfloat16"] if "mamba" in name else []
+    options = [f"data_root={photographs}", f"model.backbone.model_name={model}", "model.backbone.drop_path_rate=0.1", *precision]
+    options += [*SHORT, "train_cfg.max_epochs=2", "param_scheduler.0.end=1", "param_scheduler.1.begin=1"]
+    assert main_train([name, "--work-dir", str(tmp_path), "--cfg-options", *options]) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert "epoch 2/2  val top1" in out
+    assert "top-5: 100.0 %" in out
+    averaged = "ema_state_dict" in torch.load(tmp_path / "epoch_2.pth", weights_only=False)  # the file was written by this test
+    assert averaged
+
+
+def test_a_training_shorter_than_its_warmup(capsys):
+    assert main_train(["vmamba-tiny-s1l8_8xb128-300e_in1k", "--cfg-options", "train_cfg.max_epochs=5"]) == 1
+    message = "train_cfg.max_epochs: got 5, expected more than 20, where CosineAnnealingLR begins"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("data", "kind"), [("wds", "visionssm.ImageStream"), ("hfds", "visionssm.HubImages")])

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 
+from golden.fill import fill
+from golden.ops_golden import Golden
 from visionssm import config_path
 from visionssm.engine import DirectionSearch, ImageClassifier, OptimWrapperConstructor
 from visionssm.engine.config import load_config
@@ -16,6 +18,7 @@ from visionssm.engine.launch import main_train
 from visionssm.engine.search import DIRECTIONS, WeightedBiAttn, decode_directions
 from visionssm.errors import UserError
 from visionssm.layers.local_mixer import BiAttn
+from visionssm.layers.ss2d import SS2D
 
 TOOL = Path(__file__).parents[2] / "tools" / "decode_directions.py"
 
@@ -32,6 +35,22 @@ def test_merge_of_the_super_net():
         share = merge.direction_weights.flatten().softmax(0)[k]
         expected = expected + share * F.layer_norm(y[:, k] * factor, (16,), eps=1e-5)
     torch.testing.assert_close(merge(y), expected)
+
+
+def test_mixer_of_the_super_net_is_the_published_one():
+    golden, name = Golden("local"), "supernet_ss2d_7x7"
+    (case,) = (case for case in golden.cases if case["name"] == name)
+    mixer = SS2D(32, 16, 2.0, DIRECTIONS, gate=True, conv_bias=True, scan_attn=BiAttn)
+    mixer.scan_attn = WeightedBiAttn(mixer.scan_attn, len(DIRECTIONS))
+    renamed = {"multi_scan.weights": "scan_attn.direction_weights"}
+    state = {}
+    for published, shape in case["state_dict"]:
+        key = renamed.get(published, published.replace("multi_scan.attn.", "scan_attn."))
+        state[key] = torch.from_numpy(fill(published, shape)).reshape(mixer.get_parameter(key).shape)
+    mixer.load_state_dict(state)
+    with torch.no_grad():
+        out = mixer(torch.from_numpy(golden.inputs(name)["in"]))
+    golden.compare(name, {"out": out.numpy()}, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["local_vim_nano", "local_vmamba_nano"])

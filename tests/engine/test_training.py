@@ -166,7 +166,8 @@ def test_bfloat16_trains_the_nanos_on_a_cpu(name):
 
 def test_amp_option_and_a_wrong_precision(tiny, capsys):
     config, work = tiny
-    assert main_train([str(config), "--work-dir", str(work), "--amp", "--cfg-options", "train_cfg.max_epochs=1"]) == 0
+    options = ["train_cfg.max_epochs=1", "val_cfg.fp16=True", "test_cfg.fp16=True"]
+    assert main_train([str(config), "--work-dir", str(work), "--amp", "--cfg-options", *options]) == 0
     assert "dtype='bfloat16'" in next(work.glob("*.py")).read_text()
     capsys.readouterr()
     assert main_train([str(config), "--work-dir", str(work), "--cfg-options", "optim_wrapper.dtype=float61"]) == 1

@@ -59,6 +59,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
             raise UserError(f"{cfg.filename}: unknown key {key!r}{near}")
     for path, node in _walk(cfg):
         _check_arguments(path, node)
+    _check_schedule(cfg)
     for dataset in _datasets(cfg):
         accepted = set().union(*(_parameters(cls) or () for cls in _resolve(dataset["type"])))
         for key in accepted.intersection(SHARED, cfg):
@@ -71,6 +72,18 @@ def fill_num_classes(cfg: Config) -> None:
     if cfg.model.get("type") == "visionssm.ImageClassifier" and "num_classes" not in cfg.model.backbone:
         dataset = root.DATASETS.build(cfg.train_dataloader.dataset)
         cfg.model.backbone.num_classes = len(dataset.metainfo["classes"])
+
+
+def _check_schedule(cfg: Config) -> None:
+    """Refuse a part of the schedule that begins after the end of training."""
+    epochs = (cfg.get("train_cfg") or {}).get("max_epochs")
+    for number, scheduler in enumerate(cfg.get("param_scheduler") or ()):
+        begin = scheduler.get("begin", 0)
+        if epochs is not None and scheduler.get("by_epoch", True) and begin >= epochs:
+            raise UserError(
+                f"train_cfg.max_epochs: got {epochs}, expected more than {begin}, where {scheduler['type']} begins; for a shorter "
+                f"training lower param_scheduler.{number}.begin, and the end of what comes before it, too"
+            )
 
 
 def _datasets(cfg: Config) -> Iterator[ConfigDict]:

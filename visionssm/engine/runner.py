@@ -9,6 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from mmengine.dist import master_only
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
@@ -39,7 +40,9 @@ class Runner(MMEngineRunner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
-        """Also of an iterable data set, which shards itself by what it learns of the loader here."""
+        """Also of an iterable data set, which shards itself by what it learns of the loader here; pins memory for a GPU alone."""
+        if isinstance(dataloader, dict) and dataloader.get("pin_memory") and not torch.cuda.is_available():
+            dataloader = {**dataloader, "pin_memory": False}
         loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
         if hasattr(loader.dataset, "set_loader"):
             loader.dataset.set_loader(loader.batch_size, loader.num_workers)
