@@ -142,7 +142,7 @@ def _explained() -> Iterator[None]:
 
 
 def _prepare(args: Namespace, distributed: bool) -> Config:
-    overrides = _parsed(args.cfg_options)
+    overrides = parsed_options(args.cfg_options)
     cfg = load_config(args.config, overrides)
     fill_num_classes(cfg)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / _run_name(cfg, overrides))
@@ -154,7 +154,7 @@ def _prepare(args: Namespace, distributed: bool) -> Config:
     return cfg
 
 
-def _parsed(options: Sequence[str]) -> dict[str, Any]:
+def parsed_options(options: Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` strings as mmengine reads them."""
     for option in options:
         if "=" not in option:
