@@ -2,6 +2,7 @@
 
 The rollout is of all layers, with row bounds, after the recording; its time does not hold the forward pass. Both take turns in one
 process. Peak memory is that of a process of its own for each, above what it held before (CPU: resident set, CUDA: allocated).
+`--table FILE` prints what `--csv` wrote as the table of docs/explain.md.
 """
 
 import argparse
@@ -96,6 +97,18 @@ def in_process(arguments: argparse.Namespace, name: str, size: int, what: str) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def table(path: Path) -> list[str]:
+    """The CSV as lines of Markdown."""
+    lines = ["| model | pixels | tokens | forward, ms | rollout, ms | times a forward | peak memory, MiB: forward | and rollout |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            cells = [row["model"], row["size"], row["tokens"], *(f"{float(row[f]):.0f}" for f in ("forward_ms", "rollout_ms"))]
+            cells += [f"{float(row['time_ratio']):.2f}", *(f"{float(row[f]):.0f}" for f in ("forward_mib", "rollout_mib"))]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,8 +116,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")
     parser.add_argument("--seconds", type=float, default=10.0, help="time for each case")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print such a file as Markdown")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.table:
+        print(*table(arguments.table), sep="\n")
+        return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark_explain: --device cuda, but torch sees no CUDA device")
     torch.set_num_threads(arguments.threads)

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from visionssm import explain
 from visionssm.commands.classifier import Classifier, load_classifier
-from visionssm.engine.data import Digits
 from visionssm.errors import UserError
 
 CSV = Path(__file__).parents[1] / "benchmarks" / "explain_evaluation.csv"
@@ -77,6 +76,8 @@ Cuts = list[tuple[Tensor, Tensor, int]]
 
 def digits(classifier: Classifier, count: int) -> tuple[Batches, Cuts]:
     """Handwritten digits: batches of images and labels; images, their ink and labels."""
+    from visionssm.engine.data import Digits  # needs the extra [train]
+
     dataset = Digits("test", classifier.data_config["input_size"][1:])
     dataset.transform = classifier.transform
     side = classifier.data_config["input_size"][1]
@@ -173,7 +174,7 @@ def table(path: Path) -> list[str]:
     with path.open() as file:
         rows = list(csv.DictReader(file))
     lines = [
-        "| model | method | positive AUC (low) | negative AUC (high) | pixel accuracy | mIoU | mAP |",
+        "| model, data | method | positive AUC (low) | negative AUC (high) | pixel accuracy | mIoU | mAP |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
