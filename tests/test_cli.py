@@ -18,6 +18,7 @@ from visionssm.cli import INTERRUPTED, build_parser, main
 from visionssm.commands import models
 from visionssm.commands.images import open_image
 from visionssm.commands.run_config import read_config
+from visionssm.weights import checkpoints
 
 NANO = {"depths": (1, 1, 1, 1), "embed_dim": (8, 16, 16, 16)}
 CLASSES = ["cat", "dog", "$5 or $10", "猫"]
@@ -160,12 +161,14 @@ def test_list_without_match(capsys):
     assert "did you mean vanilla_vmamba_tiny" in refusal(capsys, "list", "vanila_vmamba_tiny")
 
 
-def test_list_pretrained(capsys, monkeypatch):
-    monkeypatch.setattr(models, "is_model_pretrained", lambda name: name == "vim_nano")
-    _, out, _ = run(capsys, "list", "--pretrained")
-    assert [line.split()[0] for line in out if "arXiv" in line] == ["vim_nano"]
-    monkeypatch.setattr(models, "is_model_pretrained", lambda name: False)
-    assert run(capsys, "list", "--pretrained") == (0, ["none of the models has published weights in this version"], [])
+def test_list_pretrained(capsys):
+    status, out, err = run(capsys, "list", "--pretrained")
+    assert (status, err) == (0, [])
+    assert len(out) == len(checkpoints(status=None)) + 3
+    assert [line for line in out if line.startswith("vanilla_vmamba_base.in1k_dp05 ") and "top-1 83.2" in line]
+    _, out, _ = run(capsys, "list", "--pretrained", "local_v*")
+    assert any("(mislinked)" in line for line in out)
+    assert "no checkpoint is called 'resnet50'" in refusal(capsys, "list", "--pretrained", "resnet50")
 
 
 def test_info(capsys):

@@ -8,13 +8,14 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ._version import __version__
 from .commands.training import add_test_arguments, add_train_arguments, needs_training
-from .errors import UserError
+from .errors import UserError, printable
 
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        status = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: complain(args, message)
+            status = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,9 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def complain(args: argparse.Namespace, error: Exception) -> None:
-    """One line on stderr."""
-    print(f"visionssm {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+def complain(args: argparse.Namespace, error: Exception | str) -> None:
+    """One line on stderr, of an error or a warning."""
+    print(f"visionssm {args.command}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
 
 
 def _command(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
@@ -98,14 +101,14 @@ def _number(text: str) -> int:
 def _add_list(commands: Any) -> None:
     parser = _command(commands, "list", "list the models", "visionssm list 'vmamba_tiny*'")
     parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or a pattern with * and ?; default: all")
-    parser.add_argument("--pretrained", action="store_true", help="only models with published weights")
+    parser.add_argument("--pretrained", action="store_true", help="the published checkpoints, NAME.TAG, in place of the models")
     parser.set_defaults(run=_list)
 
 
 def _list(args: argparse.Namespace) -> int:
-    from .commands.models import model_table
+    from .commands.models import checkpoint_table, model_table
 
-    for line in model_table(args.pattern, args.pretrained):
+    for line in (checkpoint_table if args.pretrained else model_table)(args.pattern):
         print(line, flush=True)
     return 0
 
@@ -167,12 +170,12 @@ def _add_download(commands: Any) -> None:
     example = "visionssm download vmamba_tiny_s1l8.in1k --to weights --format safetensors"
     parser = _command(commands, "download", "fetch a published checkpoint and say where it lies", example)
     parser.add_argument("name", metavar="NAME.TAG", help="a checkpoint, see visionssm list --pretrained")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="an existing folder to put it in; default: only the download cache")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="an existing folder to put it in; default: the download cache")
     parser.add_argument(
         "--format",
         choices=("original", "safetensors"),
         default="original",
-        help="the file as published, or its weights alone under our names; default: original",
+        help="the file as published, or its weights alone under our names (then --to is . by default); default: original",
     )
     parser.set_defaults(run=_download)
 

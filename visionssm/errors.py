@@ -19,7 +19,12 @@ def shortened(names: Iterable[str], shown: int = 5, separator: str = ", ") -> st
     """The first names, and how many more there are."""
     names = list(names)
     rest = len(names) - shown
-    return separator.join([*names[:shown], *([f"and {rest} more"] if rest > 0 else [])])
+    return separator.join([*map(printable, names[:shown]), *([f"and {rest} more"] if rest > 0 else [])])
+
+
+def printable(text: str) -> str:
+    """Text of a stranger's file without what would steer the terminal."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def first_line(error: BaseException) -> str:

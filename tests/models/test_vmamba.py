@@ -92,7 +92,7 @@ def test_load_checkpoint():
     weights = published_weights("vanilla_vmamba_tiny_published_keys")
     visionssm.load_checkpoint(model, {"model": weights, "epoch": 3})
     torch.testing.assert_close(model.head.fc.weight.detach(), weights["head.weight"], rtol=0, atol=0)
-    with pytest.raises(TypeError, match="content: expected a dict"):
+    with pytest.raises(TypeError, match="source: expected a path or a dict"):
         visionssm.load_checkpoint(model, [weights])
     with pytest.raises(TypeError, match="expected one of visionssm's models, got Linear"):
         visionssm.load_checkpoint(torch.nn.Linear(1, 1), weights)

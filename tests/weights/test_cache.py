@@ -1,6 +1,7 @@
 """Where files come from and end up: the cache and its records, offline mode, mirrors, the hub, the disk; several at once."""
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled
-from web_site import CONTENT, OTHER, OTHER_SHA256, SHA256, Page, cached, complaint
+from web_site import CONTENT, OTHER, OTHER_SHA256, SHA256, Page, cached, complaint, unreachable
 
 from visionssm.weights import transfer
 from visionssm.weights.cache import fetch
@@ -57,7 +58,7 @@ def test_file_names_stay_in_the_cache(site, name):
 def test_advice_can_be_followed(site):
     """A file saved by hand where the message says is taken, and recorded."""
     url = site.address + "/missing.pth"
-    place = Path(complaint(url).rpartition("save the file by hand as ")[2])
+    place = Path(unreachable(url).rpartition("save the file by hand as ")[2])
     place.write_bytes(CONTENT)
     assert fetch(url) == place
     assert cached(".sha256")[0].read_text() == f"{SHA256}  missing.pth\n"
@@ -70,14 +71,45 @@ def test_change_of_the_cached_file_is_an_error(site):
     path.write_bytes(OTHER)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     message = complaint(url)
-    assert str(path) in message
-    assert OTHER_SHA256 in message
-    assert SHA256 in message
-    assert "delete the file" in message
-    assert f"{path}: sha256 {OTHER_SHA256}, expected {SHA256}" in complaint(url, sha256=SHA256)
+    assert message == (
+        f"{path}: sha256 {OTHER_SHA256}, but on first use {SHA256}; "
+        f"delete {path} and {path}.sha256 to have it downloaded and recorded anew"
+    )
+    assert complaint(url, sha256=SHA256) == (
+        f"{path}: sha256 {OTHER_SHA256}, expected {SHA256}; delete {path} to have it downloaded again"
+    )
     path.unlink()
     assert fetch(url).read_bytes() == CONTENT
     assert f"{path}: 1048576 bytes, expected 7" in complaint(url, size=7)
+
+
+PAGE = b'{"error": "rate limit exceeded"}'
+
+
+def test_error_page_saved_by_hand_is_not_recorded(site):
+    url = site.serve(Page(CONTENT))
+    path = fetch(url)
+    path.with_name("model.pth.sha256").unlink()
+    path.write_bytes(PAGE)
+    message = complaint(url)
+    assert message.startswith(f"{path}: begins with {PAGE!r}, expected the zip archive")
+    assert message.endswith(f"; delete {path} to have it downloaded again")
+    assert cached() == [path]
+    path.unlink()
+    assert fetch(url).read_bytes() == CONTENT
+
+
+def test_error_page_that_is_recorded(site):
+    """As the cache of an earlier version may hold one: both files have to go."""
+    url = site.serve(Page(CONTENT))
+    path = fetch(url)
+    record = path.with_name("model.pth.sha256")
+    path.write_bytes(PAGE)
+    record.write_text(f"{hashlib.sha256(PAGE).hexdigest()}  model.pth\n")
+    assert complaint(url).endswith(f"; delete {path} and {record} to have it downloaded and recorded anew")
+    path.unlink()
+    record.unlink()
+    assert fetch(url).read_bytes() == CONTENT
 
 
 def test_change_at_the_source_is_an_error(site):
@@ -86,7 +118,7 @@ def test_change_at_the_source_is_an_error(site):
     path.unlink()
     site.serve(Page(OTHER, headers={"ETag": '"second"'}))
     message = complaint(url)
-    assert f"sha256 {OTHER_SHA256}, but on first use {SHA256}" in message
+    assert message == f"{url}: sha256 {OTHER_SHA256}, but on first use {SHA256}; if the change is meant, delete {path}.sha256"
     assert not path.exists()
     path.with_name("model.pth.sha256").unlink()
     assert fetch(url).read_bytes() == OTHER
@@ -106,7 +138,7 @@ def test_known_hash_beats_the_record(site):
 def test_offline(site, monkeypatch, variable):
     url = site.serve(Page(CONTENT))
     monkeypatch.setenv(variable, "1")
-    message = complaint(url)
+    message = unreachable(url)
     assert message.startswith(f"{url}: not in the cache, and {variable} is set; ")
     assert site.requests == []
     monkeypatch.setenv(variable, "0")
@@ -134,10 +166,19 @@ def test_origin_is_tried_after_the_mirrors(site, monkeypatch):
     monkeypatch.setenv("VISIONSSM_MIRROR", site.address + "/empty")
     assert fetch(url).read_bytes() == CONTENT
     missing = site.address + "/missing.pth"
-    message = complaint(missing)
+    message = unreachable(missing)
     assert f"{site.address}/empty/missing.pth: HTTP Error 404: Not Found; {missing}: HTTP Error 404" in message
     monkeypatch.setenv("VISIONSSM_MIRROR", "/srv/mirror")
     assert complaint(missing).startswith("VISIONSSM_MIRROR: /srv/mirror: expected https://")
+
+
+@pytest.mark.parametrize("place", ["/model.pth", "/mirror/model.pth"])
+def test_wrong_file_at_any_source_is_no_mere_absence(site, monkeypatch, place):
+    site.serve(Page(OTHER), place)
+    monkeypatch.setenv("VISIONSSM_MIRROR", site.address + "/mirror")
+    message = complaint(site.address + "/model.pth", sha256=SHA256)
+    assert "HTTP Error 404" in message
+    assert f"sha256 {OTHER_SHA256}, expected {SHA256}" in message
 
 
 def test_local_files_stay_where_they_are(tmp_path, monkeypatch):
@@ -154,7 +195,7 @@ def test_local_files_stay_where_they_are(tmp_path, monkeypatch):
     assert fetch("~/best.pth") == path
     assert complaint(path.as_uri(), sha256=OTHER_SHA256) == f"{path}: sha256 {SHA256}, expected {OTHER_SHA256}"
     assert complaint(str(path), size=1) == f"{path}: 1048576 bytes, expected 1"
-    assert complaint("worst.pth") == "worst.pth: no such file"
+    assert unreachable("worst.pth") == "worst.pth: no such file"
     assert complaint(str(folder)) == f"{folder}: a folder, expected a file"
     assert "names the host server" in complaint("file://server/share/best.pth")
     assert list(folder.iterdir()) == [path]
@@ -213,12 +254,37 @@ def test_hub_files_are_checked_and_recorded(hub):
     assert f"expected {SHA256}" in complaint(url, sha256=SHA256)
 
 
+def test_hub_files_begin_as_weights(hub):
+    hub.file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    message = complaint("hf://owner/repository/model.pth")
+    assert message.startswith(f"{hub.file.resolve()}: begins with b'version https://git-lfs")
+    assert cached() == []
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("reset"), TimeoutError("no answer"), huggingface_hub.errors.OfflineModeIsEnabled("off")]
+)
+def test_hub_that_cannot_be_asked(hub, error):
+    hub.error = error
+    assert str(error) in unreachable("hf://owner/repository/model.pth")
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), huggingface_hub.errors.HFValidationError("Repo id must be short")]
+)
+def test_other_errors_of_the_hub(hub, monkeypatch, error, offline):
+    monkeypatch.setenv("VISIONSSM_OFFLINE", offline)
+    hub.error = error
+    assert str(error) in complaint("hf://owner/repository/model.pth")
+
+
 def test_hub_errors(hub, monkeypatch):
     url = "hf://owner/repository/model.pth"
     hub.error = huggingface_hub.errors.LocalEntryNotFoundError("404 Client Error.\n\nRepository Not Found for url: somewhere.")
-    assert complaint(url).startswith(f"{url}: 404 Client Error. Repository Not Found for url: somewhere; ")
+    assert unreachable(url).startswith(f"{url}: 404 Client Error. Repository Not Found for url: somewhere; ")
     monkeypatch.setenv("VISIONSSM_OFFLINE", "1")
-    assert complaint(url) == f"{url}: not in huggingface_hub's cache, and VISIONSSM_OFFLINE is set"
+    assert unreachable(url) == f"{url}: not in huggingface_hub's cache, and VISIONSSM_OFFLINE is set"
     assert hub.calls[-1][1]["local_files_only"] is True
 
 

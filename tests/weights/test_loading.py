@@ -11,7 +11,7 @@ import timm
 import torch
 
 import visionssm
-from parity import check_logits, images, load_golden
+from parity import check_logits, images, load_golden, published_weights
 from visionssm.errors import UserError
 from visionssm.weights import checkpoints, download, find, load_weights, loading, read_checkpoint
 
@@ -101,10 +101,52 @@ def test_one_layout_in_another_model_is_refused_in_one_line(files):
         assert len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize("adapted", [{"num_classes": 10}, {"features_only": True}, {"in_chans": 1}, {}], ids=str)
+def test_never_a_partial_load(adapted, tmp_path):
+    whole = published_weights("vim_tiny_patch16_224")
+    damaged = {
+        "no stem": {k: v for k, v in whole.items() if not k.startswith("patch_embed.")},
+        "half a stem": {k: v for k, v in whole.items() if k != "patch_embed.proj.bias"},
+        "another stem": whole | {"patch_embed.proj.weight": torch.zeros(192, 3, 8, 8)},
+        "no layer": {k: v for k, v in whole.items() if not k.startswith("layers.7.norm.")},
+        "left over": whole | {"layers.0.extra": torch.zeros(1)},
+        "a scalar": whole | {"pos_embed": torch.zeros(())},
+        "another length": whole | {"layers.3.mixer.D_b": torch.zeros(5)},
+    }
+    for name, weights in damaged.items():
+        torch.save({"model": weights}, tmp_path / "damaged.pth")
+        with pytest.raises(UserError, match="of another model than this VisionMamba") as caught:
+            timm.create_model(
+                "vim_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "damaged.pth")}, **adapted
+            )
+        assert "\n" not in str(caught.value), name
+
+
+def test_a_classifier_is_needed_where_one_is_asked_for(tmp_path):
+    whole = published_weights("vim_tiny_patch16_224")
+    torch.save({k: v for k, v in whole.items() if not k.startswith("head.")}, tmp_path / "headless.pth")
+    overlay = {"file": str(tmp_path / "headless.pth")}
+    with pytest.raises(UserError, match=r"missing head\.weight, head\.bias"):
+        timm.create_model("vim_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert timm.create_model("vim_tiny_patch16_224", pretrained=True, num_classes=10, pretrained_cfg_overlay=overlay)
+
+
+def test_an_average_is_taken_where_the_table_says_so(tmp_path, monkeypatch):
+    row = find("vim_base_patch16_224")
+    zeros, ones = ({"cls_token": torch.full((1, 1, 768), value)} for value in (0.0, 1.0))
+    file = tmp_path / row.url.rpartition("/")[2]
+    torch.save({"model": zeros, "model_ema": ones}, file)
+    monkeypatch.setattr(loading, "fetch", lambda url, **known: file)
+    assert load_weights("vim_base_patch16_224")["cls_token"].mean() == 1
+    assert load_weights("vim_base_patch16_224", entry="model")["cls_token"].mean() == 0
+    cfg = timm.models.resolve_pretrained_cfg("vim_base_patch16_224", None, {"file": str(file)})
+    assert loading.load_source(cfg, "vim_base_patch16_224").weights["cls_token"].mean() == 1
+
+
 def test_a_local_file_goes_the_same_way(files):
     file = files("vim_tiny_patch16_224")
     weights = read_checkpoint(file)
-    with pytest.warns(UserWarning, match="holds model and model_ema; model is taken"):
+    with pytest.warns(UserWarning, match="holds model and model_ema; model is taken"):  # the name says nothing
         net = timm.create_model("vim_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay={"file": str(file)})
     assert torch.equal(net.cls_token, weights["model"]["cls_token"])
     visionssm.load_checkpoint(net, file, entry="model_ema")

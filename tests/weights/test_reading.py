@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import concurrent.futures
 import io
 import os
 import pickle
@@ -119,8 +120,8 @@ def test_archives_that_unpack_to_more_than_they_are(tmp_path):
 
 def test_a_tensor_that_claims_more_than_it_stores(tmp_path):
     torch.save({"model": {"weight": torch.zeros(1).expand(1 << 20, 1 << 20)}}, tmp_path / "expanded.pth")
-    with pytest.raises(UserError, match=r"weight claims \(1048576, 1048576\), more than is stored"):
-        select_weights(read_checkpoint(tmp_path / "expanded.pth"))
+    with pytest.raises(UserError, match=r"claims a tensor of \(1048576, 1048576\) and stores less"):
+        read_checkpoint(tmp_path / "expanded.pth")
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
@@ -185,3 +186,61 @@ def test_known_foreign_objects_become_inert(tmp_path):
     read = read_checkpoint(tmp_path / "run.pth")
     assert not isinstance(read["args"], argparse.Namespace)
     assert torch.equal(select_weights(read)["layer.weight"], WEIGHTS["layer.weight"])
+
+
+def assembled(*parts) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def test_small_pickles_with_large_consequences(tmp_path):
+    doubled = b")q\x00" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) + b"0" for i in range(45))
+    files = {
+        "bytearray": (assembled(b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x00\x06\x85R"), "names builtins.bytearray"),
+        "storage": (assembled(b"ctorch.storage\nUntypedStorage\n\x8a\x05\x00\x00\x00\x00\x06\x85R"), "UntypedStorage"),
+        "key": (assembled(doubled, b"}h\x2dK\x01s"), "nests tuples to"),
+        "deep": (assembled(b")", b"\x85" * 1000), "deep"),
+        "long": (assembled(b"]0" * 1_100_000, b"}"), "not one that torch.save writes"),
+    }
+    for name, (content, reason) in files.items():
+        archive(tmp_path / f"{name}.pth", content)
+        with pytest.raises(UserError, match=reason):
+            read_checkpoint(tmp_path / f"{name}.pth")
+
+
+def test_names_in_a_file_do_not_steer_the_terminal(tmp_path):
+    archive(tmp_path / "escape.pth", assembled(b"cos\x1b[2J\nsystem\n"))
+    with pytest.raises(UserError, match=r"names os\\x1b\[2J\.system"):
+        read_checkpoint(tmp_path / "escape.pth")
+
+
+def test_attributes_that_hide_methods(tmp_path):
+    class Hidden:
+        def __reduce__(self):
+            return collections.OrderedDict, (), {"items": 1, "get": 1, "keys": 1}, None, iter(WEIGHTS.items())
+
+    torch.save({"model": Hidden()}, tmp_path / "hidden.pth")
+    assert select_weights(read_checkpoint(tmp_path / "hidden.pth")).keys() == WEIGHTS.keys()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.int8), torch.eye(2).to_sparse()],
+    ids=["complex", "int8", "sparse"],
+)
+def test_weights_are_plain_numbers(value):
+    with pytest.raises(UserError, match=r"head is a torch\.\w+ tensor"):
+        select_weights({"model": {"head": value}})
+    with pytest.raises(UserError, match="expected names of tensors, found 1"):
+        select_weights({"model": {1: torch.zeros(2)}})
+
+
+def test_any_entry_by_name():
+    assert select_weights({"net": WEIGHTS}, "net").keys() == WEIGHTS.keys()
+
+
+def test_threads_read_side_by_side(tmp_path):
+    for number in range(2):
+        torch.save({"model": WEIGHTS, "args": argparse.Namespace(lr=number)}, tmp_path / f"{number}.pth")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda i: read_checkpoint(tmp_path / f"{i % 2}.pth"), range(100)))
+    assert all(content["model"].keys() == WEIGHTS.keys() for content in read)

@@ -90,7 +90,7 @@ def test_convert_a_detector(tmp_path, capsys):
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
     status, lines, _ = run(capsys, "verify", out, "--model", "vmamba_tiny_s1l8")
     assert status == 0
-    assert "tensors are the head's and were not loaded" in lines[-1]
+    assert "8 of output norms, 1 of neck, 1 of roi_head" in lines[-1]
 
 
 def test_convert_refuses(file, tmp_path, capsys):
@@ -105,10 +105,29 @@ def test_convert_refuses(file, tmp_path, capsys):
         ((tmp_path / "none.pth", "--model", MODEL, "-o", out), "none.pth: no such file"),
         ((tmp_path, "--model", MODEL, "-o", out), "a folder, expected a checkpoint file"),
     ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # of the moving average beside the weights
-            assert reason in refusal(capsys, "convert", *arguments)
+        assert reason in refusal(capsys, "convert", *arguments)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_ours_with_other_classes(tmp_path, capsys):
+    torch.save(timm.create_model("vmamba_nano", num_classes=10).state_dict(), tmp_path / "ours.pth")
+    status, lines, _ = run(capsys, "verify", tmp_path / "ours.pth", "--model", "vmamba_nano")
+    assert (status, len(lines)) == (0, 9)
+    assert "the likeliest of 10 classes" in lines[3]
+    visionssm.load_checkpoint(timm.create_model("vmamba_nano", num_classes=0), tmp_path / "ours.pth")
+
+
+def test_another_grid_is_told(file, tmp_path, capsys):
+    status, lines, _ = run(capsys, "convert", file, "--model", "vim_tiny_patch16_stride8_224", "-o", tmp_path / "out.safetensors")
+    assert status == 0
+    assert lines[0].endswith("its 197 positions were resized to 730: is it of this model?")
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line(tmp_path, capsys):
+    file = layouts.vim(tmp_path / "renamed.pth", MODEL)
+    status, _, err = run(capsys, "verify", file, "--model", MODEL)
+    assert (status, err) == (0, [f"visionssm verify: {file}: holds model and model_ema; model is taken"])
 
 
 def test_verify(file, tmp_path, capsys):
@@ -117,7 +136,7 @@ def test_verify(file, tmp_path, capsys):
     assert (status, err) == (0, [])
     assert lines[0].startswith(f"{file}: {file.stat().st_size:,} bytes, sha256 ")
     assert lines[1] == "415 tensors of float32; the file holds model, optimizer, lr_scheduler, scaler, epoch, model_ema, args"
-    assert "7,148,008 parameters, none missing, none left over" in lines[2]
+    assert "7,148,008 parameters, none missing" in lines[2]
     assert lines[3] == f"{tmp_path / 'red.png'}, the likeliest of 1000 classes:"
     assert len(lines) == 9
     broken = read_checkpoint(file)["model"]

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from visionssm.errors import UserError
-from visionssm.weights.cache import DownloadError, fetch
+from visionssm.weights import DownloadError, UnreachableError, fetch
 
-CONTENT = bytes(range(256)) * 4096  # 1 MiB
-OTHER = bytes(reversed(CONTENT))
+_ARCHIVE = b"PK\x03\x04"
+CONTENT = _ARCHIVE + bytes(range(4, 256)) + bytes(range(256)) * 4095  # 1 MiB
+OTHER = _ARCHIVE + bytes(reversed(CONTENT[4:]))
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 OTHER_SHA256 = hashlib.sha256(OTHER).hexdigest()
 
@@ -27,6 +28,9 @@ class Page:
         headers: of every answer with content, besides Content-Length; a Content-Length here is the one stated.
         ranges: whether a request for a range is honoured, if `If-Range` names the page's strong ETag or date.
         heeds_if_range: False honours it in any case.
+        piece: how many bytes at most the answer to such a request holds.
+        range_headers: what differs in the headers of that answer; None leaves one out.
+        status: of every other answer with content.
         cuts: after how many bytes of the body the connection breaks: at the first request, the second and so on.
         statuses: errors that the first requests get.
         length: whether the length is stated.
@@ -39,6 +43,9 @@ class Page:
     headers: dict[str, str] = field(default_factory=lambda: {"ETag": '"first"'})
     ranges: bool = True
     heeds_if_range: bool = True
+    piece: int | None = None
+    range_headers: dict[str, str | None] = field(default_factory=dict)
+    status: int = 200
     cuts: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     redirect: str | None = None
@@ -75,15 +82,17 @@ class Handler(BaseHTTPRequestHandler):
         start = self.range_start(page, seen)
         if start >= len(page.content) > 0:
             return self.send_error(416)
-        body = page.content[start:]
-        self.send_response(206 if start else 200)
+        body = page.content[start:][: page.piece if start else None]
+        self.send_response(206 if start else page.status)
         headers = dict(page.headers)
         if page.length:
             headers.setdefault("Content-Length", str(len(body)))
         if start:
-            headers["Content-Range"] = f"bytes {start}-{len(page.content) - 1}/{len(page.content)}"
+            headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{len(page.content)}"
+            headers.update(page.range_headers)
         for name, value in headers.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
         body = body[: page.cuts.pop(0)] if page.cuts else body
         seen.sent = len(body)
@@ -132,12 +141,21 @@ class Site(ThreadingHTTPServer):
 
 
 def complaint(url, **kwargs):
-    """The message of the error, which is one line."""
-    with pytest.raises(DownloadError) as caught:
+    """The message of the error, which is one line, where there is a file but not the right one, or something else is wrong."""
+    return _complaint(DownloadError, url, kwargs)
+
+
+def unreachable(url, **kwargs):
+    """The same where the file cannot be had."""
+    return _complaint(UnreachableError, url, kwargs)
+
+
+def _complaint(kind, url, kwargs):
+    with pytest.raises(UserError) as caught:
         fetch(url, **kwargs)
+    assert type(caught.value) is kind
     message = str(caught.value)
     assert "\n" not in message
-    assert isinstance(caught.value, UserError)
     return message
 
 

@@ -5,12 +5,14 @@ from fnmatch import fnmatch
 from itertools import groupby
 
 import timm
-from timm.models import is_model, is_model_pretrained, list_models, list_pretrained, model_entrypoint
+from timm.models import is_model, list_models, list_pretrained, model_entrypoint
 from torch import nn
 
 from visionssm.errors import UserError, did_you_mean
+from visionssm.weights import checkpoints
 
 PACKAGE = "visionssm.models."
+_FIGURES = {"top1": "top-1", "box_AP": "box AP", "mask_AP": "mask AP", "mIoU_single_scale": "mIoU"}
 
 
 def zoo() -> list[str]:
@@ -41,27 +43,16 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def model_table(pattern: str | None = None, pretrained: bool = False) -> Iterator[str]:
+def model_table(pattern: str | None = None) -> Iterator[str]:
     """Lines of a table: name, parameters, input, paper; each as soon as its model is counted.
 
     Args:
         pattern: part of a name, or a pattern with `*` and `?`.
-        pretrained: only models with published weights.
 
     Raises:
         UserError: no such model.
     """
-    names = zoo()
-    if pattern is not None:
-        wildcard = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-        names = [name for name in names if fnmatch(name, wildcard)]
-        if not names:
-            raise UserError(f"no model is called {pattern!r}{did_you_mean(pattern, zoo(), cutoff=0.4)}")
-    if pretrained:
-        names = [name for name in names if is_model_pretrained(name)]
-        if not names:
-            yield f"none of {'these' if pattern else 'the'} models has published weights in this version"
-            return
+    names = _matching(zoo(), pattern, "model")
     width = max(map(len, names))
     yield f"{'model':{width}}  parameters  {'input':>9}  paper"
     for _, family in groupby(names, _module):
@@ -73,6 +64,28 @@ def model_table(pattern: str | None = None, pretrained: bool = False) -> Iterato
             yield f"{cfg['architecture']:{width}}  {parameters(model) / 1e6:8.2f} M  {size:>9}  {paper}"
     yield ""
     yield "more about one of them: visionssm info NAME"
+
+
+def checkpoint_table(pattern: str | None = None) -> Iterator[str]:
+    """Lines of a table of the published checkpoints: name, task, what their authors report, licence as stated.
+
+    Args:
+        pattern: part of a name, or a pattern with `*` and `?`.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    rows = {row.name: row for row in checkpoints(status=None)}
+    names = _matching(list(rows), pattern, "checkpoint")
+    width = max(map(len, names))
+    yield f"{'checkpoint':{width}}  {'task':14}  {'reported':24}  licence"
+    for name in names:
+        row = rows[name]
+        figures = ", ".join(f"{title} {row.reported[key]}" for key, title in _FIGURES.items() if key in row.reported)
+        status = "" if row.status == "available" else f"  ({row.status})"
+        yield f"{name:{width}}  {row.task:14}  {figures:24}  {row.origin.license}{status}"
+    yield ""
+    yield "fetch one of them: visionssm download NAME.TAG"
 
 
 def model_page(name: str) -> Iterator[str]:
@@ -95,7 +108,7 @@ def model_page(name: str) -> Iterator[str]:
         "features": f"channels {_words(levels.channels())} at strides {_words(levels.reduction())}",
         "scan paths": list(_scan_paths(model)),
         "preprocessing": f"{cfg.interpolation} resize, crop {cfg.crop_pct}, mean ({_words(cfg.mean)}), std ({_words(cfg.std)})",
-        "weights": cfg.hf_hub_id or cfg.url or cfg.file or "none published in this version",
+        "weights": _weights(name),
         "paper": f"{cfg.paper_name}, https://arxiv.org/abs/{cfg.paper_ids.removeprefix('arXiv:')}",
         "first published at": cfg.origin_url,
     }
@@ -106,6 +119,30 @@ def model_page(name: str) -> Iterator[str]:
         yield from (f"{'':{width}}  {line}" for line in lines[1:])
     yield ""
     yield f'in Python: import timm, visionssm; model = timm.create_model("{name}")'
+
+
+def _matching(names: list[str], pattern: str | None, what: str) -> list[str]:
+    if pattern is None:
+        return names
+    wildcard = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    found = [name for name in names if fnmatch(name, wildcard)]
+    if not found:
+        raise UserError(f"no {what} is called {pattern!r}{did_you_mean(pattern, names, cutoff=0.4)}")
+    return found
+
+
+def _weights(name: str) -> list[str]:
+    """The published checkpoints of a model, or the one of a tag: a line each, and their notes."""
+    rows = checkpoints(name if "." in name else f"{name}.*", status=None)
+    lines = []
+    for row in rows:
+        lines.append(f"{row.name}: {row.url or row.status}")
+        lines += [f"  {note}" for note in row.notes]
+    return (
+        [*lines, f"licence: {rows[0].origin.license}. {rows[0].origin.license_note}"]
+        if rows
+        else ["none published in this version"]
+    )
 
 
 def _module(name: str) -> str:

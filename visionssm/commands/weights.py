@@ -1,17 +1,20 @@
 """`visionssm download`, `convert` and `verify`: published checkpoints and files of one's own."""
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import timm
 from PIL import Image
 from torch import Tensor, nn
 
 from visionssm import load_checkpoint
-from visionssm.errors import UserError
+from visionssm.errors import UserError, printable
 from visionssm.weights import download, find, read_checkpoint, select_weights, sha256_of
 from visionssm.weights.convert import is_dense, save_safetensors, to_own_names
+from visionssm.weights.table import published_entry
 
 from .classifier import Classifier
 from .images import open_image
@@ -44,7 +47,11 @@ def download_to(name: str, folder: Path | None, form: str) -> Path:
         return out
     if folder is None:
         return file
-    return Path(shutil.copy(file, folder / f"{row.name}{''.join(Path(row.url).suffixes[-1:])}"))
+    out = folder / f"{row.name}{Path(row.url).suffix}"
+    part = out.with_name(f".{out.name}.part")
+    shutil.copy(file, part)
+    part.replace(out)
+    return out
 
 
 def convert_file(file: Path, name: str, out: Path, entry: str | None = None) -> str:
@@ -65,12 +72,11 @@ def convert_file(file: Path, name: str, out: Path, entry: str | None = None) -> 
     check_model(name)
     if out.resolve() == file.resolve():
         raise UserError(f"--out: {out} is the file to convert")
-    weights = select_weights(read_checkpoint(file), entry, str(file))
-    dense = is_dense(weights)
-    own = to_own_names(weights, _model(name, dense), str(file))
+    weights = _weights(file, name, entry, read_checkpoint(file))
+    own = to_own_names(weights, _model_for(weights, name), str(file))
     save_safetensors(own, out, {"architecture": name.split(".")[0], "source": file.name, "source_sha256": sha256_of(file)})
-    what = "with the detector's or segmentor's other parts, " if dense else ""
-    return f"{out}: {len(own)} tensors, {what}{out.stat().st_size / 1e6:.1f} MB"
+    what = "with the detector's or segmentor's other parts, " if is_dense(weights) else ""
+    return f"{out}: {len(own)} tensors, {what}{out.stat().st_size / 1e6:.1f} MB{_resized(weights, own)}"
 
 
 def verify_file(file: Path, name: str, image: Path | None = None, entry: str | None = None) -> Iterator[str]:
@@ -87,16 +93,17 @@ def verify_file(file: Path, name: str, image: Path | None = None, entry: str | N
     """
     check_model(name)
     content = read_checkpoint(file)
-    weights = select_weights(content, entry, str(file))
-    dense = is_dense(weights)
+    weights = _weights(file, name, entry, content)
     yield f"{file}: {file.stat().st_size:,} bytes, sha256 {sha256_of(file)}"
-    entries = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    yield f"{len(weights)} tensors of {_dtypes(weights)}" + (f"; the file holds {', '.join(map(str, entries))}" if entries else "")
-    model = _model(name, dense)
-    load_checkpoint(model, weights)
-    yield f"all {len(model.state_dict())} tensors of {name} loaded, {parameters(model):,} parameters, none missing, none left over"
-    if dense:
-        yield f"the other {sum(not key.startswith('backbone.') for key in weights)} tensors are the head's and were not loaded"
+    entries = [printable(str(key)) for key, value in content.items() if not isinstance(value, Tensor)]
+    yield f"{len(weights)} tensors of {_dtypes(weights)}" + (f"; the file holds {', '.join(entries)}" if entries else "")
+    model = _model_for(weights, name)
+    own = to_own_names(weights, model, str(file))
+    load_checkpoint(model, own)
+    loaded = f"all {len(model.state_dict())} tensors loaded, {parameters(model):,} parameters, none missing"
+    yield f"{name}: {loaded}{_resized(weights, own)}"
+    if is_dense(weights):
+        yield _rest(own)
         return
     classifier = Classifier(model, source=str(file), device="cpu")
     channels, height, width = classifier.data_config["input_size"]
@@ -106,8 +113,33 @@ def verify_file(file: Path, name: str, image: Path | None = None, entry: str | N
     yield from (f"  {score:6.1%}  {label}" for label, score in classifier.likeliest(picture))
 
 
-def _model(name: str, dense: bool) -> nn.Module:
-    return timm.create_model(name, **({"num_classes": 0} if dense else {}))
+def _weights(file: Path, name: str, entry: str | None, content: dict[str, Any]) -> dict[str, Tensor]:
+    """From the entry that the user, or the table of published files, names."""
+    known = find(name).entry if "." in name else published_entry(file)
+    return select_weights(content, entry or known, str(file))
+
+
+def _model_for(weights: dict[str, Tensor], name: str) -> nn.Module:
+    """The model with as many classes as the weights have."""
+    biases = [value for key, value in weights.items() if key.endswith(("classifier.head.bias", "head.fc.bias", "head.bias"))]
+    classes = 0 if is_dense(weights) or not biases else biases[0].numel()
+    return timm.create_model(name, num_classes=classes)
+
+
+def _resized(weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """A remark where the positions in the file are of another grid: another image size, or another model."""
+    theirs, ours = (
+        next((value.shape[1] for key, value in names.items() if key.endswith("pos_embed") and value.dim() == 3), 0)
+        for names in (weights, own)
+    )
+    return "" if theirs == ours else f"; its {theirs} positions were resized to {ours}: is it of this model?"
+
+
+def _rest(own: dict[str, Tensor]) -> str:
+    """What of a detector's or segmentor's file is not the backbone's."""
+    parts = Counter("output norms" if ".outnorm" in key else key.split(".")[0] for key in own)
+    counted = [f"{count} of {printable(part)}" for part, count in parts.items() if part != "backbone"]
+    return f"of the file's other tensors only the last output norm was loaded: {', '.join(counted)}"
 
 
 def _dtypes(weights: dict[str, Tensor]) -> str:

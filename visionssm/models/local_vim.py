@@ -566,9 +566,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             name = _STACKED[match["name"] + (match["leaf"] or "")]
             value = value.squeeze(1) if name == "conv1d_weight" else value  # (E, 1, taps)
             directions.setdefault(match["mixer"] + name, {})[int(match["k"])] = value
-        elif key == "rope.freqs_cos" and model.rope is not None:
-            _check_rotary(value, model.rope)
-        elif (key == "rope.freqs_sin" and model.rope is not None) or key.startswith("outnorm_"):
+        elif key in _ROTARY_TABLES and value.dim() == 2 and model.rope is not None:
+            _check_rotary(key, value, model.rope)
+        elif key.startswith("outnorm_"):
             continue
         else:
             out[key] = value
@@ -580,15 +580,18 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return out
 
 
-def _check_rotary(freqs_cos: Tensor, rope: RotaryTables) -> None:
-    """A checkpoint's rotary tables, (positions, C), are those of a model of the same width."""
-    side = math.isqrt(freqs_cos.shape[0])
-    ours = rope((side, side))[0][0]
-    if ours.is_meta or freqs_cos.is_meta or ours.shape[1] != freqs_cos.shape[1]:  # other widths fail when loaded
+_ROTARY_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
+
+
+def _check_rotary(key: str, table: Tensor, rope: RotaryTables) -> None:
+    """A checkpoint's rotary table, (positions, C), is that of a model of the same width."""
+    side = math.isqrt(table.shape[0])
+    ours = rope((side, side))[_ROTARY_TABLES.index(key)][0]
+    if ours.is_meta or table.is_meta or ours.shape[1:] != table.shape[1:]:  # other widths fail when loaded
         return
-    if ours.shape != freqs_cos.shape or not torch.allclose(ours.float(), freqs_cos.to(ours.device).float(), atol=1e-2):
+    if ours.shape != table.shape or not torch.allclose(ours.float(), table.to(ours.device).float(), atol=1e-2):
         raise ValueError(
-            f"rope.freqs_cos: the checkpoint's rotary tables, {tuple(freqs_cos.shape)}, are not those of this model, "
+            f"{key}: the checkpoint's rotary table, {tuple(table.shape)}, is not that of this model, "
             f"made for rope_grid={rope.side}; try rope_grid={side}"
         )
 

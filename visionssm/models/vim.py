@@ -374,8 +374,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     state_dict = unwrap(state_dict)
     if any(k.startswith("rope.") for k in state_dict):
         raise ValueError(
-            "state_dict: has rotary position tables (rope.*): a Vim of January 2024, class token first and positions rotated in "
-            "every block; only the later generation, with a middle class token, is implemented"
+            "state_dict: has rotary position tables (rope.*), as LocalVim or a Vim of January 2024, class token first and "
+            "positions rotated in every block; only the later generation, with a middle class token, is implemented"
         )
     if "pos_embed" in state_dict and "cls_token" not in state_dict:
         raise ValueError("state_dict: has no cls_token; only Vim with a middle class token is implemented")

@@ -6,6 +6,7 @@ or `visionssm.load_checkpoint(model, path)`.
 """
 
 from .cache import DownloadError as DownloadError
+from .cache import UnreachableError as UnreachableError
 from .cache import fetch as fetch
 from .cache import sha256_of as sha256_of
 from .loading import download as download

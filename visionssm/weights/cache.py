@@ -10,7 +10,8 @@
     file:// URLs and paths: the file itself. Nothing is copied, and nothing recorded beside it.
 
 A hash that is not known in advance is recorded on first use, and any later difference is an error. So that this holds, a file is
-hashed whenever it is fetched: under a second for the largest checkpoints, less than reading them takes.
+hashed whenever it is fetched: under a second for the largest checkpoints, less than reading them takes. A file from the web or the
+hub whose name ends as one of weights must begin as one, so that no error page is ever recorded.
 
 Environment variables:
     VISIONSSM_OFFLINE, HF_HUB_OFFLINE: 1 uses the cache alone.
@@ -35,11 +36,12 @@ from urllib.request import url2pathname
 import huggingface_hub
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from visionssm.errors import UserError, first_line
 
-from .transfer import Interrupted, Refused, discard, transfer
+from .transfer import Interrupted, Refused, Unexpected, discard, transfer, unlike_weights
 
 _ATTEMPTS = 4  # in a row that bring the download no further
 _BACKOFF_S = 0.5  # before the second attempt; doubled before each later one
@@ -51,6 +53,14 @@ _logger = logging.getLogger(__name__)
 
 class DownloadError(UserError):
     """A file that cannot be had, or is not the one expected; the message is one line that names it and says what to do."""
+
+
+class UnreachableError(DownloadError):
+    """No source has the file, or none can be asked: there is no network, or it is not to be used. Another address may have it."""
+
+
+class _Changed(Unexpected):
+    """The hash differs from that of the first use."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,9 @@ def fetch(
         cache_dir: stands for `torch.hub.get_dir()/checkpoints`, and for huggingface_hub's cache.
 
     Raises:
-        DownloadError: a malformed argument; a file that no source has, that is not in the cache while offline, or that differs
-            from the size, the hash or the record; a cache folder that is full or not writable.
+        UnreachableError: no source has the file, or it is not in the cache while offline.
+        DownloadError: a malformed argument; a file that differs from the size, the hash or the record, also where only some of the
+            sources have such a one; a cache folder that is full or not writable.
     """
     url = os.fspath(url)
     if sha256 is not None and not _SHA256.fullmatch(sha256 := sha256.lower()):
@@ -134,13 +145,15 @@ def _local(entry: _Entry) -> Path:
             raise DownloadError(f"{entry.url}: names the host {parts.netloc}, expected file:///folder/file")
         path = Path(url2pathname(parts.path))
     try:
+        if path.is_dir():
+            raise DownloadError(f"{path}: a folder, expected a file")
         if not path.is_file():
-            raise DownloadError(f"{path}: {'a folder, expected a file' if path.is_dir() else 'no such file'}")
-        complaint = _complaint(path, entry, None)
+            raise UnreachableError(f"{path}: no such file")
+        _check(path, entry, None)
+    except Unexpected as error:
+        raise DownloadError(f"{path}: {error}") from error
     except OSError as error:
         raise DownloadError(f"{path}: cannot be read: {error.strerror}") from error
-    if complaint:
-        raise DownloadError(f"{path}: {complaint}")
     return path
 
 
@@ -162,9 +175,10 @@ def _from_hub(entry: _Entry, progress: bool) -> Path:
             local_files_only=bool(offline),
         )
     except Exception as error:  # its HTTP library, and with it the errors, differ between its versions
-        if offline:
-            raise DownloadError(f"{entry.url}: not in huggingface_hub's cache, and {offline} is set") from error
-        raise DownloadError(
+        kind = UnreachableError if _is_of_the_network(error) else DownloadError
+        if offline and kind is UnreachableError:
+            raise kind(f"{entry.url}: not in huggingface_hub's cache, and {offline} is set") from error
+        raise kind(
             f"{entry.url}: {' '.join(str(error).split()).rstrip('.') or type(error).__name__}; "
             "if the hub cannot be reached, name a mirror in HF_ENDPOINT or download the file by hand and give its path"
         ) from error
@@ -175,11 +189,17 @@ def _from_hub(entry: _Entry, progress: bool) -> Path:
     return Path(path)
 
 
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether the hub has no such file or cannot be asked, rather than that the disk is full or the name malformed."""
+    kinds = (HfHubHTTPError, EntryNotFoundError, ConnectionError, TimeoutError)
+    return isinstance(error, kinds) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
+
+
 def _from_web(entry: _Entry, progress: bool) -> Path:
     _check_url(entry.url)
     if not _is_cached(entry):
         if offline := _offline():
-            raise DownloadError(
+            raise UnreachableError(
                 f"{entry.url}: not in the cache, and {offline} is set; unset it, or save the file by hand as {entry.file}"
             )
         with _locked(entry):
@@ -239,30 +259,40 @@ def _locked(entry: _Entry) -> Iterator[None]:
 
 
 def _check_cached(file: Path, entry: _Entry) -> None:
-    with _disk(file):
-        complaint = _complaint(file, entry, entry.record)
-    if complaint:
-        raise DownloadError(f"{file}: {complaint}; delete the file to have it downloaded again")
+    try:
+        with _disk(file):
+            _check(file, entry, entry.record)
+    except Unexpected as error:
+        remedy = f"delete {file} to have it downloaded again"
+        if entry.sha256 is None and entry.record.is_file():
+            remedy = f"delete {file} and {entry.record} to have it downloaded and recorded anew"
+        raise DownloadError(f"{file}: {error}; {remedy}") from error
 
 
-def _complaint(file: Path, entry: _Entry, record: Path | None) -> str | None:
-    """What is wrong with a file; where nothing is, and there is a place for it, its hash is recorded."""
+def _check(file: Path, entry: _Entry, record: Path | None) -> None:
+    """Raise Unexpected unless it is the file; where there is a place for it, record its hash."""
     length = file.stat().st_size
     if entry.size not in (None, length):
-        return f"{length} bytes, expected {entry.size}"
+        raise Unexpected(f"{length} bytes, expected {entry.size}")
+    if record is not None and (fault := unlike_weights(entry.file.name, _beginning(file))):
+        raise Unexpected(fault)
     if entry.sha256 is None and record is None:
-        return None
+        return
     digest = sha256_of(file)
     if entry.sha256 not in (None, digest):
-        return f"sha256 {digest}, expected {entry.sha256}"
+        raise Unexpected(f"sha256 {digest}, expected {entry.sha256}")
     if record is None:
-        return None
+        return
     recorded = record.read_text(encoding="utf-8", errors="replace").split()[:1] if record.is_file() else []
     if recorded and entry.sha256 is None and recorded != [digest]:
-        return f"sha256 {digest}, but on first use {recorded[0]}, says {record} (delete that if the change is meant)"
+        raise _Changed(f"sha256 {digest}, but on first use {recorded[0]}")
     if recorded != [digest]:
         _note_hash(record, digest, entry.file.name)
-    return None
+
+
+def _beginning(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(64)
 
 
 def _note_hash(record: Path, digest: str, name: str) -> None:
@@ -284,19 +314,22 @@ def sha256_of(file: Path) -> str:
 
 def _download(entry: _Entry, progress: bool) -> None:
     """Bring the file from the first source that has it to its place in the cache."""
-    failures = []
+    failures: dict[str, Refused] = {}
     for source in _sources(entry.url):
         try:
             _download_from(source, entry, progress)
         except Refused as error:
-            failures.append(f"{source}: {error}")
+            failures[source] = error
             continue
         with _disk(entry.file):
             entry.part.replace(entry.file)
             discard(entry.part)
         return
     advice = f"if that lasts, name a mirror in VISIONSSM_MIRROR or save the file by hand as {entry.file}"
-    raise DownloadError(f"{'; '.join(failures)}; {advice}")
+    if any(isinstance(error, _Changed) for error in failures.values()):
+        advice = f"if the change is meant, delete {entry.record}"
+    kind = DownloadError if any(isinstance(error, Unexpected) for error in failures.values()) else UnreachableError
+    raise kind(f"{'; '.join(f'{source}: {error}' for source, error in failures.items())}; {advice}")
 
 
 def _sources(url: str) -> list[str]:
@@ -312,20 +345,25 @@ def _sources(url: str) -> list[str]:
 def _download_from(source: str, entry: _Entry, progress: bool) -> None:
     """Ask until the part is the whole file, and check it."""
     failures = longest = 0
+    mismatch = None
     while True:
         try:
             with _disk(entry.part):
                 resumed = transfer(source, entry.part, size=entry.size, hashed=entry.is_hashed, progress=progress)
-                complaint = _complaint(entry.part, entry, entry.record)
-                if complaint is None:
-                    return
-                discard(entry.part)
-            raise (Interrupted if resumed else Refused)(complaint)
+                try:
+                    _check(entry.part, entry, entry.record)
+                except Unexpected as error:
+                    discard(entry.part)
+                    if not resumed:
+                        raise
+                    mismatch = error
+                    raise Interrupted(str(error)) from error  # the earlier part may be to blame
+            return
         except Interrupted as error:
             length = entry.part.stat().st_size if entry.part.is_file() else 0
             failures = 1 if length > longest else failures + 1
             longest = max(longest, length)
             if failures == _ATTEMPTS:
-                raise Refused(f"{error}, at {_ATTEMPTS} attempts") from error
+                raise mismatch or Refused(f"{error}, at {_ATTEMPTS} attempts") from error
             _logger.info("%s: %s; asking again", source, error)
             time.sleep(_BACKOFF_S * 2 ** (failures - 1))

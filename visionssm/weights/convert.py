@@ -5,11 +5,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visionssm.errors import UserError
-from visionssm.models._checkpoint import check_fit, strip_wrappers
+from visionssm.models._checkpoint import check_fit, own_names, strip_wrappers
 
 _BACKBONE = "backbone."
 _OUT_NORM = "outnorm"
@@ -36,14 +37,15 @@ def to_own_names(weights: dict[str, Tensor], model: nn.Module, source: str = "ch
     family = sys.modules[type(model).__module__]
     weights = strip_wrappers(weights)
     if not is_dense(weights):
-        own = family.checkpoint_filter_fn(weights, model)
+        own = own_names(weights, model, family.checkpoint_filter_fn, source)
         check_fit(own, model, source)
         return own
     backbone = {name.removeprefix(_BACKBONE): value for name, value in weights.items() if name.startswith(_BACKBONE)}
     rest = {name: value for name, value in weights.items() if not name.startswith(_BACKBONE)}
     norms = {name: value for name, value in backbone.items() if name.startswith(_OUT_NORM)}
-    own = family.checkpoint_filter_fn({name: value for name, value in backbone.items() if name not in norms}, model)
-    check_fit(own, model, source, adaptable=("norm", "norm_f", "head"))  # output norms stand in for the last norm
+    trunk = {name: value for name, value in backbone.items() if name not in norms}
+    own = own_names(trunk, model, family.checkpoint_filter_fn, source)
+    check_fit(own, model, source, ignored=("norm", "norm_f", "head"))  # output norms stand in for the last norm
     return {f"{_BACKBONE}{name}": value for name, value in (own | norms).items()} | rest
 
 
@@ -67,7 +69,11 @@ def save_safetensors(weights: dict[str, Tensor], path: Path, metadata: dict[str,
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file({name: value.contiguous() for name, value in weights.items()}, part, {"format": "pt", **metadata})
+        save_file(
+            {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()},
+            part,
+            {"format": "pt", **metadata},
+        )
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
     except OSError as error:

@@ -11,7 +11,7 @@ from visionssm.errors import UserError
 
 from .cache import DownloadError, fetch
 from .reading import read_checkpoint, select_weights
-from .table import Checkpoint, checkpoints, find
+from .table import Checkpoint, checkpoints, find, published_entry
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_source(cfg: PretrainedCfg, variant: str, cache_dir: str | Path | None =
     if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
         return None
     if cfg.file:
-        return Source(str(cfg.file), select_weights(read_checkpoint(cfg.file), None, str(cfg.file)))
+        return Source(str(cfg.file), select_weights(read_checkpoint(cfg.file), published_entry(cfg.file), str(cfg.file)))
     if cfg.hf_hub_id and cfg.hf_hub_filename:
         url = f"hf://{cfg.hf_hub_id}/{cfg.hf_hub_filename}"
     elif cfg.url and not cfg.hf_hub_id:

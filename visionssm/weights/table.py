@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from visionssm.errors import UserError, did_you_mean, shortened
@@ -124,6 +125,12 @@ def find(name: str) -> Checkpoint:
     if row.status != "available":
         raise UserError(f"{row.name} is {row.status}: {' '.join(row.notes)}")
     return row
+
+
+def published_entry(file: str | Path) -> str | None:
+    """The entry that holds the weights in a published file of this name; None where there is nothing to choose or know."""
+    names = {(row.url or "").rpartition("/")[2]: row.entry for row in _checkpoints()}
+    return names.get(Path(file).name)
 
 
 def published_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
