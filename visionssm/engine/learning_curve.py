@@ -36,9 +36,10 @@ class LearningCurveHook(Hook):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         epochs = [row["iter"] / epoch_length for row in training]
-        loss.plot(epochs, [row["loss"] for row in training], color="tab:blue")
+        marker = "." if len(epochs) < 30 else None
+        loss.plot(epochs, [row["loss"] for row in training], color="tab:blue", marker=marker)
         loss.set_ylabel("training loss", color="tab:blue")
-        rate.plot(epochs, [row["lr"] for row in training], color="tab:gray")
+        rate.plot(epochs, [row["lr"] for row in training], color="tab:gray", marker=marker)
         rate.set_ylabel("learning rate")
         rate.set_xlabel("epoch")
         names = sorted({name for row in validation for name in row if name.startswith("accuracy/")})
