@@ -13,7 +13,7 @@ import torch
 import visionssm
 from parity import check_logits, images, load_golden, published_weights
 from visionssm.errors import UserError
-from visionssm.weights import checkpoints, download, find, load_weights, loading, read_checkpoint
+from visionssm.weights import DownloadError, UnreachableError, checkpoints, download, find, load_weights, loading, read_checkpoint
 
 pytest.importorskip("mmengine")
 pytest.importorskip("yacs")
@@ -242,6 +242,25 @@ def test_over_a_real_connection(files, tmp_path, monkeypatch):
     golden, case = golden_of("vmamba_tiny_s1l8")
     with torch.inference_mode():
         check_logits(golden, case, net(images(case)))
+
+
+def test_older_addresses_stand_in_for_an_unreachable_one_alone(files, monkeypatch):
+    row = find("vmamba_tiny_s1l8")
+    errors = {row.url: UnreachableError("no such host")}
+
+    def fetch(url, **known):
+        if url in errors:
+            raise errors[url]
+        return files("vmamba_tiny_s1l8")
+
+    monkeypatch.setattr(loading, "fetch", fetch)
+    assert download("vmamba_tiny_s1l8") == files("vmamba_tiny_s1l8")
+    errors[row.url] = DownloadError("sha256 differs")
+    with pytest.raises(DownloadError, match="sha256 differs"):
+        download("vmamba_tiny_s1l8")
+    errors |= dict.fromkeys((row.url, *row.other_urls), UnreachableError("no such host"))
+    with pytest.raises(UnreachableError):
+        download("vmamba_tiny_s1l8")
 
 
 def test_list_pretrained():

@@ -1,5 +1,6 @@
 """From a name or a timm config to the weights: find, download, read, select."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from visionssm.errors import UserError
 
-from .cache import DownloadError, fetch
+from .cache import UnreachableError, fetch
 from .reading import read_checkpoint, select_weights
 from .table import Checkpoint, checkpoints, find, published_entry
 
@@ -87,12 +88,10 @@ def _download(row: Checkpoint, cache_dir: str | Path | None = None, progress: bo
     known: dict[str, Any] = {"sha256": row.sha256, "progress": progress, "cache_dir": cache_dir}
     try:
         return fetch(row.url, **known)
-    except DownloadError:
+    except UnreachableError:
         for url in row.other_urls:
-            try:
+            with contextlib.suppress(UnreachableError):
                 return fetch(url, **known)
-            except DownloadError:
-                continue
         raise
     except OSError as error:
         raise UserError(f"{row.name}: {error}") from error
