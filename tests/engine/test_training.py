@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from mmengine.config import Config
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 
 from visionssm import config_path
+from visionssm.cli import main
 from visionssm.engine import ImageClassifier, ImagePreprocessor, OptimWrapperConstructor
-from visionssm.engine.launch import main_test, main_train
+from visionssm.engine.launch import _use_amp, main_test, main_train
 from visionssm.engine.optim import OptimWrapper
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -337,3 +339,32 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_training(tiny, monkey
     monkeypatch.setattr(MMEngineRunner, "train", lambda self: pytest.fail("training has started"))
     assert main_train([str(config), "--work-dir", "/proc/nobody/writes/here"]) == 1
     assert "--work-dir: cannot write to /proc/nobody/writes/here: " in one_line(capsys.readouterr().err)
+
+
+def test_commands_of_the_package_do_the_same(tiny, tmp_path, monkeypatch, capsys):
+    """By the name of a shipped config; what the user can correct is one line, as everywhere."""
+    _, work = tiny
+    small = ["model.backbone.model_name=test_resnet", "train_dataloader.num_batch_per_epoch=1", "train_cfg.max_epochs=1"]
+    small += ["val_dataloader.num_batch_per_epoch=1", "test_dataloader.num_batch_per_epoch=1"]
+    assert main(["train", "vmamba-nano_digits", "--work-dir", str(work), "--cfg-options", *small]) == 0
+    (trained,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("top-1"))
+    checkpoint = str(work / "epoch_1.pth")
+    assert main(["test", "vmamba-nano_digits", checkpoint, "--work-dir", str(tmp_path / "test"), "--cfg-options", *small]) == 0
+    assert trained in capsys.readouterr().out
+    assert main(["train", "vmamba-nano_digts"]) == 1
+    message = one_line(capsys.readouterr().err)
+    assert message.startswith(
+        "visionssm train: config file not found: vmamba-nano_digts; did you mean classification/vmamba-nano_digits.py"
+    )
+    monkeypatch.setitem(sys.modules, "visionssm.engine.launch", None)
+    assert main(["test", "vmamba-nano_digits", checkpoint]) == 1
+    assert one_line(capsys.readouterr().err).startswith("visionssm test: ")
+
+
+@pytest.mark.parametrize(
+    ("written", "wrapper"), [("OptimWrapper", "visionssm.OptimWrapper"), ("AmpOptimWrapper", "AmpOptimWrapper")]
+)
+def test_amp_leaves_a_wrapper_of_another_kind(written, wrapper):
+    cfg = Config({"optim_wrapper": {"type": written, "dtype": None}})
+    _use_amp(cfg)
+    assert cfg.optim_wrapper == {"type": wrapper, "dtype": "bfloat16" if wrapper == "visionssm.OptimWrapper" else None}

@@ -13,6 +13,7 @@ from visionssm import registry
 from visionssm.errors import UserError, did_you_mean, first_line
 from visionssm.recipes import config_path
 
+CLASSIFIERS = ("visionssm.ImageClassifier", "visionssm.DirectionSearch")
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SHARED = ("data_root", "input_size")  # top-level keys that every data set gets which does not set its own
 
@@ -69,7 +70,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
 
 def fill_num_classes(cfg: Config) -> None:
     """Give a classifier's backbone, where it says nothing, the number of classes that the training data has."""
-    if cfg.model.get("type") == "visionssm.ImageClassifier" and "num_classes" not in cfg.model.backbone:
+    if cfg.model.get("type") in CLASSIFIERS and "num_classes" not in cfg.model.backbone:
         dataset = root.DATASETS.build(cfg.train_dataloader.dataset)
         cfg.model.backbone.num_classes = len(dataset.metainfo["classes"])
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from visionssm.commands.training import add_test_arguments, add_train_arguments
 from visionssm.errors import UserError, first_line
 
-from .config import fill_num_classes, load_config
+from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
 from .distributed import process_group
 from .hooks import ExportHook, UnreadableImagesHook, unwrapped
@@ -54,7 +54,7 @@ def train(args: Namespace) -> None:
     with _explained(), process_group() as distributed:
         cfg = _prepare(args, distributed)
         if args.amp:
-            cfg.optim_wrapper.setdefault("dtype", "bfloat16")
+            _use_amp(cfg)
         if args.resume:
             cfg.load_from = newest_checkpoint(cfg.work_dir)
             cfg.resume = cfg.load_from is not None
@@ -83,6 +83,8 @@ def test(args: Namespace) -> None:
         # the averaged weights are a checkpoint's weights, so nothing is left to average or to swap
         cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks", []) if hook["type"] not in ("EMAHook", "visionssm.EMAHook")]
         if args.tta:
+            if cfg.model.get("type") not in CLASSIFIERS:
+                raise UserError(f"--tta: expected a model of type {' or '.join(CLASSIFIERS)}, got {cfg.model.get('type')}")
             cfg.model.flip_test = True
         with _runner(cfg) as runner:
             report(runner, checkpoint=args.checkpoint)
@@ -169,6 +171,14 @@ def _run_name(cfg: Config, overrides: dict) -> str:
     other = overrides.get("model.backbone.model_name")
     stem = Path(cfg.filename).stem
     return f"{stem}_{other}" if other else stem
+
+
+def _use_amp(cfg: Config) -> None:
+    """Mixed precision in what the config names, else in bfloat16; a wrapper of another kind has its own."""
+    wrapper = cfg.optim_wrapper
+    if wrapper.get("type", "OptimWrapper") in ("OptimWrapper", "visionssm.OptimWrapper"):
+        wrapper.type = "visionssm.OptimWrapper"
+        wrapper.dtype = wrapper.get("dtype") or "bfloat16"
 
 
 @contextmanager
