@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .commands.training import add_test_arguments, add_train_arguments, needs_training
 from .errors import UserError, printable
 
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
@@ -289,6 +288,8 @@ def _erf(args: argparse.Namespace) -> int:
 
 
 def _add_train(commands: Any) -> None:
+    from .commands.training import add_train_arguments  # tools/train.py takes the same ones
+
     example = "visionssm train vmamba-nano_digits --work-dir runs/digits --cfg-options train_cfg.max_epochs=5"
     parser = _command(commands, "train", "train from a config", example)
     add_train_arguments(parser)
@@ -296,6 +297,8 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from .commands.training import needs_training
+
     with needs_training():
         from .engine.launch import train
     train(args)
@@ -303,6 +306,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _add_test(commands: Any) -> None:
+    from .commands.training import add_test_arguments
+
     parser = _command(
         commands, "test", "test a training run's checkpoint", "visionssm test vmamba-nano_digits runs/digits/epoch_5.pth"
     )
@@ -311,6 +316,8 @@ def _add_test(commands: Any) -> None:
 
 
 def _test(args: argparse.Namespace) -> int:
+    from .commands.training import needs_training
+
     with needs_training():
         from .engine.launch import test
     test(args)
