@@ -1,5 +1,5 @@
 default_hooks = dict(
-    runtime_info=dict(type="visionssm.RuntimeInfoHook", interval=50),
+    runtime_info=dict(type="visionssm.RuntimeInfoHook"),
     logger=dict(type="LoggerHook", interval=50),
     # two, since mmengine removes the older one before it writes the newer one
     checkpoint=dict(type="CheckpointHook", interval=1, max_keep_ckpts=2),

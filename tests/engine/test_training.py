@@ -20,9 +20,10 @@ from torch import nn
 
 from visionssm import config_path
 from visionssm.cli import main
-from visionssm.engine import ImageClassifier, ImagePreprocessor, OptimWrapperConstructor
+from visionssm.engine import ImageClassifier, ImagePreprocessor, OptimWrapperConstructor, RuntimeInfoHook
 from visionssm.engine.launch import _use_amp, main_test, main_train
 from visionssm.engine.optim import OptimWrapper
+from visionssm.errors import UserError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 KILL = """
@@ -147,6 +148,42 @@ def test_moving_average_counts_updates(tiny):
     assert hook.ema_model.module.weight.item() == pytest.approx(expected)
 
 
+class OnDevice(torch.Tensor):
+    """A value that says it is elsewhere, and counts how often it is read."""
+
+    reads = 0
+
+    @property
+    def device(self):
+        return torch.device("meta")
+
+    def tolist(self):
+        OnDevice.reads += 1
+        return super().tolist()
+
+    def item(self):
+        OnDevice.reads += 1
+        return super().item()
+
+
+def test_losses_are_read_once_in_an_interval(monkeypatch):
+    monkeypatch.setattr(OnDevice, "reads", 0)
+    hook, seen = RuntimeInfoHook(), []
+    hook.interval = 5
+    hub = Namespace(update_scalar=lambda name, value: seen.append(value))
+    runner = Namespace(message_hub=hub, optim_wrapper=None, train_dataloader=range(12), iter=0)
+    for batch_idx in range(12):
+        loss = torch.tensor(float(batch_idx)).as_subclass(OnDevice)
+        runner.iter = batch_idx
+        hook.after_train_iter(runner, batch_idx, outputs={"loss": loss})
+        assert len(seen) == (batch_idx + 1) // 5 * 5 if batch_idx < 11 else 12
+    assert seen == list(range(12))
+    assert OnDevice.reads == 3
+    hook.pending = [{"loss": torch.tensor(value)} for value in (1.0, float("nan"), 2.0)]
+    with pytest.raises(UserError, match="the loss is nan in iteration 11:"):
+        hook.flush(runner)
+
+
 class Namespace:
     def __init__(self, **values):
         self.__dict__.update(values)
@@ -215,13 +252,6 @@ def test_flip_test_averages_an_image_and_its_mirror_image():
     expected = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
     torch.testing.assert_close(scores, expected)
     assert not torch.allclose(scores, model(images).softmax(1))
-
-
-def test_tta_option(tiny, capsys):
-    config, work = tiny
-    main_train([str(config), "--work-dir", str(work), "--cfg-options", "train_cfg.max_epochs=1"])
-    assert main_test([str(config), str(work / "epoch_1.pth"), "--work-dir", str(work / "tta"), "--tta"]) == 0
-    assert "flip_test=True" in next((work / "tta").glob("*.py")).read_text()
 
 
 def test_mixed_targets_and_erased_pixels():
@@ -351,6 +381,10 @@ def test_commands_of_the_package_do_the_same(tiny, tmp_path, monkeypatch, capsys
     checkpoint = str(work / "epoch_1.pth")
     assert main(["test", "vmamba-nano_digits", checkpoint, "--work-dir", str(tmp_path / "test"), "--cfg-options", *small]) == 0
     assert trained in capsys.readouterr().out
+    arguments = ["test", "vmamba-nano_digits", checkpoint, "--tta", "--work-dir", str(tmp_path / "tta"), "--cfg-options"]
+    assert main([*arguments, *small]) == 0
+    assert "flip_test=True" in next((tmp_path / "tta").glob("*.py")).read_text()
+    capsys.readouterr()
     assert main(["train", "vmamba-nano_digts"]) == 1
     message = one_line(capsys.readouterr().err)
     assert message.startswith(
@@ -359,6 +393,13 @@ def test_commands_of_the_package_do_the_same(tiny, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "visionssm.engine.launch", None)
     assert main(["test", "vmamba-nano_digits", checkpoint]) == 1
     assert one_line(capsys.readouterr().err).startswith("visionssm test: ")
+
+
+def test_tta_is_for_classifiers(tiny, capsys):
+    config, work = tiny
+    config.write_text(config.read_text() + "model = dict(_delete_=True, type='mmdet.RetinaNet')\n")
+    assert main_test([str(config), "some.pth", "--work-dir", str(work), "--tta"]) == 1
+    assert "--tta: expected a model of type visionssm.ImageClassifier or" in one_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook as MMEngineEMAHook
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, LoggerHook
 from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -42,15 +42,16 @@ class RandomnessHook(Hook):
 
 @HOOKS.register_module()
 class RuntimeInfoHook(MMEngineRuntimeInfoHook):
-    """mmengine's, but it reads the losses of several iterations at once: reading one waits for the device.
+    """mmengine's, but it reads the losses of several iterations at once, when the logger writes: reading one waits for a GPU."""
 
-    Args:
-        interval: iterations between two readings on a GPU; on a CPU, where nothing waits, it is 1. Must divide the logger's.
-    """
-
-    def __init__(self, interval: int = 50) -> None:
-        self.interval = interval
+    def __init__(self) -> None:
+        self.interval = 1
         self.pending: list[dict[str, torch.Tensor]] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Find out how often the logger writes."""
+        super().before_train(runner)
+        self.interval = min((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), default=1)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Mapping[str, torch.Tensor] | None = None
