@@ -178,7 +178,8 @@ import visionssm
 from visionssm.weights import download
 
 backbone = timm.create_model("{row.model}", num_classes=0)
-visionssm.load_checkpoint(backbone, download("{row.name}"))  # the backbone; the rest of the file is the head's'''
+file = download("{row.name}")
+visionssm.load_checkpoint(backbone, file)  # the backbone; the rest of the file is the head's'''
     shell = f"visionssm download {row.name} --to . --format safetensors   # under our names"
     return f"## Use\n\n```python\n{code}\n```\n\n```sh\n{shell}\n```"
 
