@@ -323,7 +323,7 @@ def test_picture_refuses(saved, photo, tmp_path, capsys, monkeypatch):
     ):
         assert reason in refusal(capsys, "classify", saved[0], photo, "--out", out)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'visionssm[train]'" in refusal(capsys, "classify", saved[0], photo, "--out", tmp_path / "a.png")
+    assert "pip install 'visionssm[explain]'" in refusal(capsys, "classify", saved[0], photo, "--out", tmp_path / "a.png")
 
 
 def test_classify_refuses_names(photo, capsys):

@@ -210,3 +210,17 @@ def test_unnormalised():
     pixels = torch.tensor([0.0, 1.0, -1.0]).view(3, 1, 1)
     assert unnormalised(pixels, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0)).getpixel((0, 0)) == (128, 255, 0)
     assert unnormalised(pixels[:1], (0.5,), (0.5,)).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    "maps", [torch.ones(1, 5, 5), torch.ones(7, 1, 5, 5), torch.full((7, 5, 5), float("nan"))], ids=["one", "4-d", "nan"]
+)
+def test_maps_that_are_no_maps_of_the_images(maps):
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2)).eval()
+    images, labels = torch.randn(7, 3, 5, 5), torch.zeros(7, dtype=torch.long)
+    masks = torch.zeros(7, 5, 5, dtype=torch.bool)
+    masks[:, :2] = True
+    with pytest.raises(UserError, match="method: gave"):
+        explain.perturbation_auc(model, [(images, labels)], lambda model, images, target: maps)
+    with pytest.raises(UserError, match="method: gave"):
+        explain.segmentation_scores(model, [(images, masks)], lambda model, images, target: maps)

@@ -253,7 +253,7 @@ def test_as_published():
     drop = lambda row: torch.cat([row[:, :17], row[:, 18:]], dim=-1).unflatten(-1, (5, 7))  # noqa: E731
     expected = drop(torch.stack([scaled(row).mean(1) for row in rows]).mean(0))
     assert_close(raw(tape, start_layer=0, as_published=True), expected, **EXACT)
-    assert_close(rollout(tape, as_published=True), published_product([row.mean(1) for row in rows]), **EXACT)
+    assert_close(rollout(tape, start_layer=0, as_published=True), published_product([row.mean(1) for row in rows]), **EXACT)
     weights = [scaled(g.clamp(min=0).amax(-1)) for g in gradients]
     vectors = [scaled(row.clamp(min=0)).mean(1) * weight for row, weight in zip(rows, weights, strict=True)]
     assert_close(attribution(model, images, 2, start_layer=0, as_published=True), published_product(vectors), **EXACT)

@@ -192,7 +192,7 @@ def test_bad_layers():
         pass
     with record(model) as tape:
         pass
-    with pytest.raises(UserError, match=r"nothing is recorded yet; call the model inside `with record"):
+    with pytest.raises(UserError, match=r"nothing is recorded; call the model inside `with record"):
         tape.attention(0)
     with pytest.raises(UserError, match=r"layer: got 2, expected 0 to 1"):
         tape.attention(2)
@@ -263,3 +263,47 @@ def test_maps_drop_the_class_token(kind, grid):
     kept = [i for i in range(attention.layout.tokens) if i != middle]
     assert torch.equal(attention.to_map(matrix), matrix[..., kept].unflatten(-1, grid))
     assert_close(attention.rows("mean"), matrix[:, kept].mean(1))
+
+
+def test_a_pass_that_ends_early_leaves_nothing_of_the_one_before():
+    model, images = build("vmamba", torch.float32)
+    with record(model) as tape, torch.no_grad():
+        model(images)
+        model.forward_intermediates(images[:1], indices=[0], stop_early=True, intermediates_only=True)
+    assert tape.attention(0).batch == 1
+    with pytest.raises(UserError, match=r"layer: \d+ did not run in the last forward pass"):
+        rollout(tape)
+
+
+def test_weights_that_change_before_the_factors_are_made():
+    tape = taped("vim")
+    attention = tape.attention(0).include("mixer")
+    with torch.no_grad():
+        tape.layers[0].mixer.conv1d_weight.mul_(3)
+    with pytest.raises(UserError, match="its weights have changed since it was recorded"):
+        attention.rows(0)
+
+
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model, images = build("vmamba", torch.float32)
+        with record(model) as tape:
+            model(images)
+    assert rollout(tape).isfinite().all()
+
+
+def test_blocks_need_no_matrix():
+    """One block of rows of a map of 128 x 128 tokens; the matrix alone would be a gigabyte."""
+    code = """
+import resource, timm, torch, visionssm
+from visionssm import explain
+model = timm.create_model("vmamba_nano").eval()
+with explain.record(model, layers=[0]) as tape, torch.no_grad():
+    model(torch.zeros(1, 3, 512, 512))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert tape.attention(0).layout.tokens >= 16384
+next(iter(tape.attention(0).blocks(1)))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 300  # MB

@@ -12,7 +12,7 @@ from timm.models import is_model
 from torch import Tensor
 
 from visionssm import explain
-from visionssm.errors import UserError, did_you_mean
+from visionssm.errors import UserError, did_you_mean, first_line
 from visionssm.explain.gradients import GRADIENT_METHODS
 from visionssm.explain.picture import show, unnormalised
 from visionssm.explain.products import late_layer
@@ -173,7 +173,10 @@ def receptive_field(
     else:
         classifier = load_classifier(name_or_checkpoint, device)
     batch = _batch(classifier, images, size)
-    field = explain.effective_receptive_field(classifier.model, batch.to(classifier.device)).cpu()
+    try:
+        field = explain.effective_receptive_field(classifier.model, batch.to(classifier.device)).cpu()
+    except RuntimeError as error:  # more memory than there is
+        raise UserError(f"--size {size or 'of the model'}: {first_line(error)}") from error
     axes = figure.subplots()
     figure.set_size_inches(4, 4)
     axes.imshow(field.sqrt().numpy(), cmap="inferno")

@@ -30,7 +30,7 @@ def new_figure(path: Path, images: Sequence[Path]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("--out: a picture needs matplotlib: pip install 'visionssm[train]'") from None
+        raise UserError("--out: a picture needs matplotlib: pip install 'visionssm[explain]'") from None
     figure = Figure(layout="constrained")
     kinds = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:

@@ -18,6 +18,7 @@ from visionssm.errors import UserError, did_you_mean
 from .layout import Token, TokenLayout
 from .operands import MixerFactors, ScanOperands
 
+Channels = str | int | slice | list[int] | None  # "all", some, or None for the mean over all
 INCLUDES = ("ssm", "ssm+skip", "mixer")
 _BLOCK_ELEMENTS = 1 << 24  # of one intermediate map (rows, L, E) of a block: 64 MB in float32
 
@@ -124,7 +125,7 @@ class Attention:
         one = None if factors is None else functools.cache(lambda: factors().direction(k, operands))
         return Attention(operands, self.layout, one, self._include)
 
-    def rows(self, tokens: Token | list[Token], channels: str | int | slice | list[int] | None = None) -> Tensor:
+    def rows(self, tokens: Token | list[Token], channels: Channels = None) -> Tensor:
         """What tokens read.
 
         Args:
@@ -138,11 +139,13 @@ class Attention:
             UserError: a token or channel that is not there.
         """
         several = isinstance(tokens, list)
+        if several and not tokens:
+            raise UserError("tokens: got an empty list, expected at least one")
         weights = torch.stack([self.weights(token) for token in (tokens if several else [tokens])])
         rows = torch.cat(list(self._blocks(weights, channels, None)), dim=1)
         return rows if several else rows.squeeze(1)
 
-    def matrix(self, block: int | None = None, channels: str | int | slice | list[int] | None = None) -> Tensor:
+    def matrix(self, block: int | None = None, channels: Channels = None) -> Tensor:
         """The explicit matrix, computed `block` rows at a time.
 
         Args:
@@ -154,13 +157,11 @@ class Attention:
         """
         return torch.cat(list(self.blocks(block, channels)), dim=1)
 
-    def blocks(self, block: int | None = None, channels: str | int | slice | list[int] | None = None) -> Iterator[Tensor]:
+    def blocks(self, block: int | None = None, channels: Channels = None) -> Iterator[Tensor]:
         """The rows of `matrix`, `block` at a time: `(batch, block, [channels,] L)`; the last block may be shorter."""
         if block is not None and (type(block) is not int or block < 1):
             raise UserError(f"block: got {block!r}, expected a number of rows from 1")
-        return self._blocks(
-            torch.eye(self.layout.tokens, dtype=self._operands.A.dtype, device=self._operands.A.device), channels, block
-        )
+        return self._blocks(range(self.layout.tokens), channels, block)
 
     def vector_product(self, vector: Tensor) -> Tensor:
         """`vector` times the matrix averaged over the channels: one transposed scan.
@@ -224,9 +225,9 @@ class Attention:
                 raise UserError(f"direction: got {which}, expected an index from 0 to {len(names) - 1} ({', '.join(names)})")
             return which
         aliases = {"forward": 0, "backward": 1} if names == ("h", "h_flip") and self._operands.paths.size[0] == 1 else {}
-        if which in aliases:
+        if isinstance(which, str) and which in aliases:
             return aliases[which]
-        if names.count(which) != 1:
+        if not isinstance(which, str) or names.count(which) != 1:
             what = "occurs more than once, give its index" if which in names else "is none of"
             known = [*names, *aliases]
             raise UserError(f"direction: {which!r} {what}: {', '.join(known)}{did_you_mean(str(which), known)}")
@@ -242,11 +243,15 @@ class Attention:
         y = operands.scan(factors.right * factors.convolve(v), skip=True, merge=one_for_all)
         return factors.left.squeeze(1) * y if one_for_all else (factors.left * y).sum(1)
 
-    def _blocks(self, weights: Tensor, channels: str | int | slice | list[int] | None, block: int | None) -> Iterator[Tensor]:
-        """`weights` (rows, L) times the matrix, a few rows at a time."""
+    def _blocks(self, rows: Tensor | range, channels: Channels, block: int | None) -> Iterator[Tensor]:
+        """Weights of rows, (rows, L), or the rows of these tokens, times the matrix, a few rows at a time."""
         chosen = self._channel_index(channels)
         block = block or max(1, _BLOCK_ELEMENTS // (self.batch * self.layout.tokens * self.channels))
-        for part in weights.split(block):
+        for first in range(0, len(rows), block):
+            part = rows[first : first + block]
+            if isinstance(part, range):
+                part = torch.zeros(len(part), self.layout.tokens, dtype=self.dtype, device=self._operands.A.device)
+                part.diagonal(first).fill_(1.0)
             yield self._pull(part.expand(self.batch, -1, -1), chosen)
 
     def _pull(self, weights: Tensor, channels: Tensor | None) -> Tensor:
@@ -274,7 +279,7 @@ class Attention:
             (grad,) = torch.autograd.grad(convolved, u, factors.right * steps.reshape(convolved.shape))
         return grad
 
-    def _channel_index(self, channels: str | int | slice | list[int] | None) -> Tensor | None:
+    def _channel_index(self, channels: Channels) -> Tensor | None:
         if channels is None:
             return None
         every = torch.arange(self.channels, device=self._operands.A.device)
@@ -282,7 +287,8 @@ class Attention:
             if channels == "all":
                 return every
         elif isinstance(channels, slice):
-            return every[channels]
+            if len(every[channels]):
+                return every[channels]
         else:
             wanted = channels if isinstance(channels, list) else [channels]
             if all(type(c) is int and 0 <= c < self.channels for c in wanted) and wanted:

@@ -85,7 +85,7 @@ def perturbation_auc(
     correct, total = torch.zeros(len(FRACTIONS)), 0
     for images, labels in loader:
         images, labels = images.to(device), labels.to(device)
-        relevance = to_size(compute(model, images, labels if explained == "label" else None), images.shape[-2:]).flatten(1)
+        relevance = _maps(compute(model, images, labels if explained == "label" else None), images).flatten(1)
         order = relevance.argsort(dim=1, descending=mode == "positive", stable=True)
         for i, fraction in enumerate(FRACTIONS):
             masked = images.flatten(2).clone()
@@ -128,7 +128,7 @@ def segmentation_scores(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]
         images, masks = images.to(device), masks.to(device).flatten(1)
         if not (masks.any(1) & ~masks.all(1)).all():
             raise UserError("loader: gave a mask without object or without background")
-        maps = scaled(to_size(compute(model, images, None), images.shape[-2:])).flatten(1)
+        maps = scaled(_maps(compute(model, images, None), images)).flatten(1)
         found = maps > maps.mean(1, keepdim=True)
         right += (found == masks).sum().item()
         total += masks.numel()
@@ -140,6 +140,19 @@ def segmentation_scores(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]
     if not images_seen:
         raise UserError("loader: gave no images")
     return Segmentation(right / total, (intersection / union).mean().item(), precision / images_seen)
+
+
+def _maps(maps: Tensor, images: Tensor) -> Tensor:
+    """A method's maps on the pixels of the images.
+
+    Raises:
+        UserError: not one map `(h, w)` for every image, or one that is not finite.
+    """
+    if maps.dim() != 3 or len(maps) != len(images):
+        raise UserError(f"method: gave maps {tuple(maps.shape)}, expected ({len(images)}, h, w)")
+    if not maps.isfinite().all():
+        raise UserError("method: gave a map that is not finite")
+    return to_size(maps, images.shape[-2:])
 
 
 def average_precision(scores: Tensor, positive: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def _(mixer: LocalVimMixer, x: Tensor, size: tuple[int, int]) -> ScanOperands:
 def _operands(mixer: nn.Module, x_dbl: Tensor, paths: ScanPaths, in_path_order: bool = False) -> ScanOperands:
     A, D, weight, bias = A_from_log(mixer.A_logs), mixer.Ds, mixer.dt_projs_weight, mixer.dt_projs_bias
     dtype = torch.promote_types(x_dbl.dtype, A.dtype)  # at least float32
-    x_dbl, A, D, weight, bias = (m.to(dtype) for m in (x_dbl, A, D, weight, bias))
+    x_dbl, A, D, weight, bias = (m.detach().to(dtype) for m in (x_dbl, A, D, weight, bias))
     return ScanOperands(x_dbl, A, D, paths, weight, bias, in_path_order=in_path_order)
 
 

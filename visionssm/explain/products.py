@@ -61,7 +61,7 @@ def raw(
 def rollout(
     tape: Tape,
     token: Token | None = None,
-    start_layer: int = 0,
+    start_layer: int | None = None,
     end_layer: int | None = None,
     normalize: bool = True,
     include: str = "ssm",
@@ -76,7 +76,7 @@ def rollout(
     Args:
         tape: from `record`.
         token: as in `raw`, of the last layer of the product.
-        start_layer: the first layer of the product.
+        start_layer: the first layer of the product; None for all layers, or the late ones if `as_published`.
         end_layer: the layer to stop before; None for all.
         normalize: divide every row of I + attention by 1 + `Attention.row_bound`, so that no map grows from layer to layer. The
             elements are signed, so that their sum would be no safe divisor.
@@ -90,6 +90,8 @@ def rollout(
     Raises:
         UserError: an unknown token or layer, nothing recorded, `as_published` without a class token.
     """
+    if start_layer is None:
+        start_layer = late_layer(tape) if as_published else 0
     layers = layer_range(tape, start_layer, end_layer)
     if as_published:
         vectors = [published.class_rows(tape, index).mean(1) for index in layers]

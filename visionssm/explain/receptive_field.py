@@ -21,14 +21,17 @@ def effective_receptive_field(model: nn.Module, images: Tensor) -> Tensor:
         `(H, W)`, summed over the channels of the image and the feature, its largest value 1.
 
     Raises:
-        UserError: a model without feature maps.
+        UserError: no model of the zoo, or one whose gradient is 0 or not finite.
     """
     if not isinstance(model, NETWORKS):
-        raise UserError(f"model: expected a network of the zoo, got {type(model).__name__}")
+        advice = "; pass the model that was compiled" if isinstance(model, torch._dynamo.OptimizedModule) else ""
+        raise UserError(f"model: expected a network of the zoo, got {type(model).__name__}{advice}")
     with torch.inference_mode(False), torch.enable_grad():
         images = images.detach().clone().requires_grad_()
         (feature,) = model.forward_intermediates(images, indices=1, intermediates_only=True)  # [B, C, h, w]
         height, width = feature.shape[-2:]
         (gradient,) = torch.autograd.grad(feature[:, :, height // 2, width // 2].sum(), images)
     field = gradient.float().abs().sum(1).mean(0)
+    if not field.isfinite().all() or not field.any():
+        raise UserError("model: the gradient of its central feature is 0 or not finite; its weights may be broken")
     return field / field.max().clamp_min(torch.finfo(field.dtype).tiny)

@@ -56,19 +56,21 @@ class Layer:
 
     def attention(self, layout: TokenLayout) -> Attention:
         """The layer's attention; dt, B and C are computed again from the mixer's input."""
-        if self._versions != self._weight_versions():
-            raise UserError(f"{self.name}: its weights have changed since it was recorded; record the model again")
-        operands = self._again(lambda: scan_operands(self.mixer, *self.inputs))
-        factors = functools.cache(lambda: self._again(lambda: mixer_factors(self.mixer, operands, *self.inputs)))
+        inputs = self.inputs
+        operands = self._again(inputs, lambda: scan_operands(self.mixer, *inputs))
+        factors = functools.cache(lambda: self._again(inputs, lambda: mixer_factors(self.mixer, operands, *inputs)))
         return Attention(operands, layout, factors)
 
-    def _again(self, compute: Any) -> Any:
-        x, (enabled, dtype) = self.inputs[0], self._autocast
+    def _again(self, inputs: tuple[Any, ...], compute: Any) -> Any:
+        if self._versions != self._weight_versions():
+            raise UserError(f"{self.name}: its weights have changed since it was recorded; record the model again")
+        x, (enabled, dtype) = inputs[0], self._autocast
         with recomputation(x), torch.autocast(x.device.type, dtype=dtype, enabled=enabled):
             return compute()
 
     def _weight_versions(self) -> tuple[tuple[int, int], ...]:
-        return tuple((p.data_ptr(), p._version) for p in self.mixer.parameters())
+        """Changes of `p.data` are not seen, nor those of tensors made in inference mode, which count no versions."""
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.mixer.parameters())
 
 
 class Tape:
@@ -137,7 +139,11 @@ class Tape:
         if index not in self.recorded:
             raise UserError(f"layer: {index} is not among the recorded ones; add it to layers= of record")
         if self.layers[index].inputs is None:
-            raise UserError("tape: nothing is recorded yet; call the model inside `with record(model) as tape:`")
+            if any(layer.inputs is not None for layer in self.layers):
+                raise UserError(f"layer: {index} did not run in the last forward pass")
+            raise UserError(
+                "tape: nothing is recorded; call the model inside `with record(model) as tape:`, not through a compiled function"
+            )
         return self.layers[index]
 
 
@@ -169,7 +175,7 @@ def record(model: nn.Module, layers: str | Sequence[int] = "all") -> Iterator[Ta
             raise UserError(f'layers: got {layers!r}, expected "all" or a list of layer numbers')
         tape.recorded = frozenset(tape.check_layer(layer) for layer in layers)
     with contextlib.ExitStack() as stack:
-        embed = tape.network.patch_embed.register_forward_hook(lambda module, args, output: _keep_grid(tape, output))
+        embed = tape.network.patch_embed.register_forward_hook(lambda module, args, output: _begin(tape, output))
         stack.callback(embed.remove)
         for index in tape.recorded:
             layer = tape.layers[index]
@@ -178,8 +184,11 @@ def record(model: nn.Module, layers: str | Sequence[int] = "all") -> Iterator[Ta
         yield tape
 
 
-def _keep_grid(tape: Tape, patches: Tensor) -> None:
+def _begin(tape: Tape, patches: Tensor) -> None:
+    """A forward pass replaces the whole recording, also where it ends early."""
     tape.patch_grid = tuple(patches.shape[1:3])
+    for layer in tape.layers:
+        layer.inputs = None
 
 
 def _keep_inputs(tape: Tape, layer: Layer, mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
