@@ -229,11 +229,11 @@ def mim_index(rows: list[Checkpoint]) -> str:
 
 def public_url(row: Checkpoint) -> str:
     """An address that a browser takes."""
-    if not row.url.startswith("hf://"):
+    if row.hub_file is None:
         return row.url
-    owner, repository, file = row.url.removeprefix("hf://").split("/", 2)
+    repository, file = row.hub_file
     repository, _, revision = repository.partition("@")
-    return f"https://huggingface.co/{owner}/{repository}/resolve/{revision or 'main'}/{file}"
+    return f"https://huggingface.co/{repository}/resolve/{revision or 'main'}/{file}"
 
 
 def quoted(text: str) -> str:

@@ -1,16 +1,5 @@
-# The search for LocalVMamba-S's scan directions: a narrow super-net with all eight in every layer. Then
+# The search for LocalVMamba-S's scan directions: as LocalVMamba-T's, deeper. Then
 # tools/decode_directions.py CHECKPOINT local-vmamba-small_8xb128-300e_in1k -o FOUND.py, and tools/train.py FOUND.py.
-_base_ = [
-    "../_base_/models/imagenet-classifier.py",
-    "../_base_/datasets/imagenet.py",
-    "../_base_/schedules/imagenet-local-vmamba.py",
-    "../_base_/runtimes/local-mamba.py",
-]
+_base_ = "local-vmamba-tiny-search_8xb128-100e_in1k.py"
 
-model = dict(
-    type="visionssm.DirectionSearch",
-    backbone=dict(model_name="local_vmamba_small", embed_dim=(32, 64, 128, 256), drop_path_rate=0.1),
-    mixup=dict(mixup_alpha=0.2),
-)
-train_cfg = dict(max_epochs=100)
-train_dataloader = dict(dataset=dict(transform=dict(auto_augment="rand-m9-mstd0.5")))
+model = dict(backbone=dict(model_name="local_vmamba_small"))

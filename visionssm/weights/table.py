@@ -71,6 +71,14 @@ class Checkpoint:
         return f"{self.model}.{self.tag}" if self.model else self.tag
 
     @property
+    def hub_file(self) -> tuple[str, str] | None:
+        """Repository (with @revision, if one is stated) and file on the Hugging Face hub; None where the file lies elsewhere."""
+        if self.url is None or not self.url.startswith("hf://"):
+            return None
+        owner, repository, file = self.url.removeprefix("hf://").split("/", 2)
+        return f"{owner}/{repository}", file
+
+    @property
     def origin(self) -> Family:
         """The family's facts."""
         return families()[self.family]
@@ -155,7 +163,7 @@ def published_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
 
 def _timm_source(row: Checkpoint) -> dict[str, str]:
     """Where timm's config says that the file lies."""
-    if not row.url.startswith("hf://"):
+    if row.hub_file is None:
         return {"url": row.url}
-    owner, repository, file = row.url.removeprefix("hf://").split("/", 2)
-    return {"url": "", "hf_hub_id": f"{owner}/{repository}", "hf_hub_filename": file}
+    repository, file = row.hub_file
+    return {"url": "", "hf_hub_id": repository, "hf_hub_filename": file}
