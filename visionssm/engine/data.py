@@ -88,6 +88,7 @@ class IndexedImages(ImageDataset):
     """
 
     reader: Reader
+    place: str  # where the images lie, for messages
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -121,11 +122,6 @@ class IndexedImages(ImageDataset):
     def file_name(self, index: int) -> str:
         """What to call an image in the list of unreadable ones."""
         return self.reader.filename(index, absolute=True)
-
-    @property
-    def place(self) -> str:
-        """Where the images lie, for messages."""
-        raise NotImplementedError
 
 
 @DATASETS.register_module()
