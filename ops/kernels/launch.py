@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..paths import parse_path  # noqa: TID252
+from . import cuda
 from .backward import scan_backward_kernel
 from .forward import scan_forward_kernel
 from .projection import projection_gradients_kernel, step_gradient_kernel, weight_gradient_kernel
@@ -44,6 +45,10 @@ def forward(
     """See library.py."""
     scan = _Scan.of_map(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
     batch, _, height, width, channels = x.shape
+    if scan.suits_cuda() and not return_last_state:
+        states = scan.new_states()
+        y = cuda.scan_forward(scan, states, merge).unflatten(2, (height, width))
+        return (y.squeeze(1) if merge else y), states.new_empty(0), states
     merge_parts = merge and scan.k > 1
     parts = x.new_empty((batch, scan.k, height, width, channels), dtype=torch.float32 if merge_parts else x.dtype)
     states, last_state = scan.forward(parts.flatten(2, 3), return_last_state)
@@ -68,6 +73,10 @@ def backward(
     """See library.py."""
     scan = _Scan.of_map(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
     batch, xs, height, width, channels = x.shape
+    if scan.suits_cuda():
+        dx, rows, dA, *gradients = cuda.scan_backward(scan, _flat(dy.unsqueeze(1) if merge else dy), states)
+        gradients = (x.new_empty(0) if t is None else g for t, g in zip((D, dt_weight, dt_bias), gradients, strict=True))
+        return dx.view(x.shape), rows.view(x_dbl.shape), dA.view(A.shape), *gradients
     sum_paths = xs == 1 and scan.k > 1
     dx = x.new_empty((batch, scan.k, height, width, channels), dtype=torch.float32 if sum_paths else x.dtype)
     dy = _flat(dy.unsqueeze(1) if merge else dy)
@@ -210,6 +219,17 @@ class _Scan:
         padding = triton.cdiv(self.channels, 64) * 64 - self.channels
         return 32 if backward or 4 * padding >= self.channels else 64
 
+    def suits_cuda(self) -> bool:
+        """Whether the CUDA C++ kernels serve this scan: they do not split a path."""
+        programs = triton.cdiv(self.channels, 32) * self.k * self.x.shape[0]
+        one_pass = self._splits(programs, triton.cdiv(self._length(), STEPS))[0] == 1
+        return one_pass and not _wide(self.x, self.dt) and cuda.suits(self)
+
+    def new_states(self) -> Tensor:
+        """Room for the states before every tile."""
+        shape = states_shape(self.x.shape[0], self.k, self._length(), self.channels, self.n)
+        return self.x.new_empty(shape, dtype=torch.float32)
+
     def _length(self) -> int:
         height, width = self.size
         windows = (max(parse_path(name).window, 1) for name in self.paths)
@@ -221,7 +241,7 @@ class _Scan:
         per_split = max(triton.cdiv(tiles, wanted), min(tiles, 4))
         return triton.cdiv(tiles, per_split), per_split
 
-    def _codes(self) -> tuple[int, ...]:
+    def codes(self) -> tuple[int, ...]:
         specs = [parse_path(name) for name in self.paths]
         thin = min(self.size) == 1
         return tuple(2 * (s.window + 1 if s.window else int(s.column and not thin)) + s.flip for s in specs)
@@ -241,7 +261,7 @@ class _Scan:
         arguments |= {
             "height": height, "width": width, "channels": self.channels, "tiles": tiles, "tiles_per_split": per_split,
             "splits": splits,
-            "PATHS": self._codes(), "WINDOWS": any(parse_path(name).window for name in self.paths), "N": self.n,
+            "PATHS": self.codes(), "WINDOWS": any(parse_path(name).window for name in self.paths), "N": self.n,
             "R": 0 if self.weight is None else self.rank,
             "RANK": self.rank, "PACKED": self.packed,
             "HAS_D": self.D is not None, "HAS_BIAS": self.bias is not None, "HAS_Z": self.z is not None,
@@ -254,8 +274,7 @@ class _Scan:
         """Write y (batch, K, positions, C); returns the states at tile boundaries and the last state (or empty)."""
         x, k, n, channels = self.x, self.k, self.n, self.channels
         batch = x.shape[0]
-        length = self._length()
-        states = x.new_empty(states_shape(batch, k, length, channels, n), dtype=torch.float32)
+        states = self.new_states()
         last_state = x.new_empty((batch, k, n, channels) if return_last_state else (0,), dtype=torch.float32)
         arguments, programs = self._common(states.shape[2], self.block(backward=False))
         arguments |= {"y_ptr": y, "WIDE": _wide(x, self.dt, y), **_strides("y", y)}

@@ -1,10 +1,11 @@
 # ruff: noqa: ANN001, ANN201  (Triton reads annotations as its own)
 """The kernels around the scan: sums of parts in a fixed order, the states carried from split to split, transposition."""
 
+import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, step
+from .common import LOG2E, path_length, step
 
 
 @triton.jit
@@ -81,3 +82,52 @@ def transpose_kernel(
     m = tl.load(m_ptr + image * m_b + row[:, None].to(tl.int64) * m_r + column[None, :].to(tl.int64) * m_c, mask=mask, other=0.0)
     at = image * rows * columns + column[:, None].to(tl.int64) * rows + row[None, :]
     tl.store(out_ptr + which.to(tl.int64) * out_m + at, tl.trans(m), mask=tl.trans(mask))
+
+
+@triton.jit
+def path_step(kind, flip, p, height, width):
+    """The step at which a path visits the raster position p."""
+    row = p // width
+    col = p - row * width
+    w = tl.maximum(kind - 1, 1)
+    across = (width + w - 1) // w
+    window = ((row // w) * across + col // w) * w * w + (row % w) * w + col % w
+    step = tl.where(kind == 0, p, tl.where(kind == 1, col * height + row, window))
+    return tl.where(flip == 1, path_length(kind, height, width) - 1 - step, step)
+
+
+@triton.jit
+def merge_parts_kernel(
+    parts_ptr, scales_ptr, out_ptr, height, width, channels, tiles,
+    PATHS: tl.constexpr, STEPS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """out[p, c] = sum over the paths k of parts[k, p, c] * scales[k, tile of p, c], for one image, BP positions and BC channels."""
+    K: tl.constexpr = len(PATHS)
+    blocks = (channels + BC - 1) // BC
+    bands = (height * width + BP - 1) // BP
+    pid = tl.program_id(0)
+    c = (pid % blocks) * BC + tl.arange(0, BC)[None, :]
+    p = ((pid // blocks) % bands) * BP + tl.arange(0, BP)[:, None]
+    image = (pid // blocks // bands).to(tl.int64)
+    mask = (p < height * width) & (c < channels)
+    total = tl.zeros([BP, BC], tl.float32)
+    for k in tl.static_range(K):
+        tile = path_step(PATHS[k] // 2, PATHS[k] % 2, p, height, width) // STEPS
+        part = tl.load(parts_ptr + (image * K + k) * height * width * channels + p * channels + c, mask=mask, other=0.0)
+        scale = tl.load(scales_ptr + (image * K + k) * tiles * channels + tile * channels + c, mask=mask, other=0.0)
+        total += part.to(tl.float32) * scale.to(tl.float32)
+    tl.store(out_ptr + image * height * width * channels + p * channels + c, total, mask=mask)
+
+
+def merge_parts(
+    parts: torch.Tensor, scales: torch.Tensor, size: tuple[int, int], codes: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """(batch, K, positions, C) in tiles of the paths with scales (batch, K, tiles, C) -> their sum (batch, 1, positions, C)."""
+    batch, _, positions, channels = parts.shape
+    out = parts.new_empty((batch, 1, positions, channels), dtype=dtype)
+    bands, blocks = triton.cdiv(positions, 32), triton.cdiv(channels, 64)
+    with torch.cuda.device(parts.device if parts.is_cuda else -1):
+        merge_parts_kernel[(bands * blocks * batch,)](
+            parts, scales, out, *size, channels, scales.shape[2], PATHS=codes, STEPS=16, BP=32, BC=64, num_warps=4
+        )
+    return out

@@ -1,0 +1,191 @@
+"""The CUDA C++ kernels in csrc/: compiled for one case by NVRTC at its first call, about a second, with no nvcc and no headers.
+
+They stand in for the Triton scan kernels where they were measured to be faster: one state variable, a low-rank step, 16-bit maps,
+enough images to fill the device in one pass. All else, and every machine without NVRTC, takes the Triton kernels.
+`VISIONSSM_CSRC=0` turns them off.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .reduce import merge_parts
+
+if TYPE_CHECKING:
+    from .launch import _Scan
+
+MAX_RANK = 64
+"""Largest rank of the step: its weight is held in shared memory."""
+
+STEPS = 16
+"""Steps of a tile, csrc's T and launch.py's `STEPS`."""
+
+_SOURCES = Path(__file__).parent.parent / "csrc"
+
+
+def suits(scan: _Scan) -> bool:
+    """Whether the kernels serve a scan."""
+    parameters = [t for t in (scan.A, scan.D, scan.weight, scan.bias) if t is not None]
+    return (
+        scan.n == 1
+        and scan.weight is not None
+        and scan.rank <= MAX_RANK
+        and scan.x.dtype == scan.dt.dtype
+        and scan.x.dtype in (torch.float16, torch.bfloat16)
+        and scan.packed
+        and _in_chunks(scan.x)
+        and all(t.dtype == torch.float32 for t in parameters)
+        and enabled(scan.x.device)
+    )
+
+
+def enabled(device: torch.device) -> bool:
+    """Whether the kernels may be used on a device."""
+    return device.type == "cuda" and os.environ.get("VISIONSSM_CSRC", "1") != "0" and _nvrtc_works(device)
+
+
+def scan_forward(scan: _Scan, states: Tensor, merge: bool) -> Tensor:
+    """Write the states before every tile; returns y (batch, 1 or K, positions, C), of one path if `merge` adds them up."""
+    case = _Case("scan_forward", scan, scaled=merge and scan.k > 1)
+    y, scales = case.parts(states)
+    tensors = [scan.x, scan.dt, scan.A, scan.D, scan.weight, scan.bias, y, scales, states]
+    case.launch(tensors, [states.shape[2], *case.images, *_strides(scan.x), *_strides(scan.dt)])
+    return merge_parts(y, scales, scan.size, scan.codes(), scan.x.dtype) if case.scaled else y
+
+
+def scan_backward(scan: _Scan, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+    """From dy (batch, 1 or K, positions, C) and the forward's states to every gradient.
+
+    Returns:
+        dx like x, the gradient of dt | B | C (batch, positions, K, R + 2), dA (K, C), dD (K, C), ddt_weight (K, C, R),
+        ddt_bias (K, C).
+    """
+    k, rank, x = scan.k, scan.rank, scan.x
+    case = _Case("scan_backward", scan, scaled=x.shape[1] < k)
+    dy = dy if _in_chunks(dy) else dy.contiguous()
+    dx, scales = case.parts(states)
+    rows = x.new_empty((case.blocks, x.shape[0], x.shape[2], k, rank + 2), dtype=x.dtype if case.blocks == 1 else torch.float32)
+    sums = x.new_empty((case.groups, k * scan.channels * (rank + 3)), dtype=torch.float32)
+    widths = [k * scan.channels * width for width in (1, 1, rank, 1)]
+    tensors = [dy, x, scan.dt, scan.A, scan.D, scan.weight, scan.bias, states, dx, scales, rows, *sums.split(widths, dim=1)]
+    strides = [*_strides(dy), *_strides(x), *_strides(scan.dt)]
+    case.launch(tensors, [states.shape[2], *case.images, *strides, sums.stride(0)])
+    dA, dD, dweight, dbias = sums.sum(0).split(widths)
+    shapes = ((k, scan.channels, *rest) for rest in ((), (), (rank,), ()))
+    gradients = (g.view(shape) for g, shape in zip((dA, dD, dweight, dbias), shapes, strict=True))
+    rows = rows[0] if case.blocks == 1 else rows.sum(0).to(x.dtype)
+    return (merge_parts(dx, scales, scan.size, scan.codes(), x.dtype) if case.scaled else dx), rows, *gradients
+
+
+def channels_per_block(scan: _Scan) -> int:
+    """Threads of a block, a channel each: as few idle ones as can be, and no more than shared memory has room for."""
+    most = 128 if scan.rank <= 24 else 96 if scan.rank <= 48 else 64
+    return min((block for block in (128, 96, 64, 32) if block <= most), key=lambda block: -scan.channels % block)
+
+
+def _resident_warps(kernel: str, rank: int) -> int:
+    """Warps on a multiprocessor: what registers and shared memory have room for."""
+    if kernel == "scan_forward":
+        return 16 if rank <= 24 else 12
+    return 12 if rank <= 24 else 9
+
+
+class _Case:
+    """What a kernel is compiled for, and how its work is cut up: `groups` of images, each walked by one block."""
+
+    def __init__(self, kernel: str, scan: _Scan, scaled: bool) -> None:
+        self.kernel, self.scan, self.scaled = kernel, scan, scaled
+        self.threads = channels_per_block(scan)
+        self.blocks = -(-scan.channels // self.threads)
+        batch = scan.x.shape[0]
+        # All blocks run at once: the next image's reads then hide behind the last one's work.
+        self.resident = _resident_warps(kernel, scan.rank) * 32 // self.threads
+        per_block = -(-self.blocks * scan.k * batch // (self.resident * _processors(scan.x.device)))
+        self.images = (batch, per_block)
+        self.groups = -(-batch // per_block)
+
+    def parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for y or dx of every path (batch, K, positions, C), and for the scales of its tiles if it is scaled."""
+        x, k = self.scan.x, self.scan.k
+        maps = x.new_empty((x.shape[0], k, *x.shape[2:]), dtype=torch.float16 if self.scaled else x.dtype)
+        shape = (*states.shape[:3], states.shape[4]) if self.scaled else (0,)
+        return maps, x.new_empty(shape, dtype=torch.bfloat16)
+
+    def launch(self, tensors: list[Tensor | None], sizes: list[int]) -> None:
+        """Run a kernel, compiled for this case; an operand that is None is never read."""
+        scan, codes, backward = self.scan, self.scan.codes(), self.kernel == "scan_backward"
+        macros = {
+            "PATHS": ",".join(map(str, codes)), "PATH_COUNT": scan.k, "WINDOWS": max(codes) >= 4, "RANK": scan.rank,
+            "WARPS": self.threads // 32, "BLOCKS": self.resident, "BF16": scan.x.dtype == torch.bfloat16,
+            "HAS_D": scan.D is not None, "HAS_BIAS": scan.bias is not None, "SOFTPLUS": scan.softplus,
+            "SCALED": self.scaled, "BACKWARD": backward,
+            "ROWS_F32": self.blocks > 1, "SHARED_BYTES": self._shared_bytes(backward),
+        }  # fmt: skip
+        options = tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in macros.items())
+        device = scan.x.device
+        compiled = compile_kernel(self.kernel, options, device, macros["SHARED_BYTES"])
+        pointers = [scan.A if t is None else t for t in tensors]
+        grid = (self.blocks * scan.k * self.groups, 1, 1)
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            compiled(grid, (self.threads, 1, 1), [*pointers, *scan.size, scan.channels, *sizes], macros["SHARED_BYTES"])
+
+    def _shared_bytes(self, backward: bool) -> int:
+        """Size of csrc's `Shared`, which asserts it."""
+        ranks, warps = -(-self.scan.rank // 8) * 8, self.threads // 32
+        step_row = next(row for row in (40, 56, 72) if ranks <= row)
+        warp = 4 * STEPS * step_row + 128 * ranks + 128 + (128 * ranks + 8 * STEPS if backward else 0)
+        maps = 2 * 2 * STEPS * self.threads * (2 if backward else 1)
+        return maps + warps * warp + 2 * (4 * STEPS * (ranks + 4) + 8 * STEPS) + 4 * (4 * STEPS + 16)
+
+
+def source(kernel: str) -> str:
+    """The text of a kernel, `scan_forward` or `scan_backward`."""
+    names = ("device.cuh", f"{kernel.removeprefix('scan_')}.cu")
+    return "".join((_SOURCES / name).read_text() for name in names)
+
+
+@functools.cache
+def compile_kernel(kernel: str, options: tuple[str, ...], device: torch.device, shared_bytes: int) -> Callable[..., None]:
+    """A function of grid, block, arguments (scalars are 32-bit integers) and shared memory; made once for each case and device."""
+    with torch.cuda.device(device):
+        compiled = torch.cuda._compile_kernel(source(kernel), kernel, nvcc_options=list(options))
+        if shared_bytes >= 48 * 1024:
+            compiled.set_shared_memory_config(shared_bytes)
+    return compiled
+
+
+@functools.cache
+def _nvrtc_works(device: torch.device) -> bool:
+    """Compile the smallest kernel there is; a failure is told once, loudly, and Triton serves."""
+    try:
+        with torch.cuda.device(device):
+            torch.cuda._compile_kernel('extern "C" __global__ void nothing() {}', "nothing")
+    except (AttributeError, OSError, RuntimeError) as error:
+        message = f"visionssm: NVRTC cannot compile; the Triton kernels serve in place of the CUDA C++ ones: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _in_chunks(m: Tensor) -> bool:
+    """Whether a map can be copied eight channels, 16 bytes of 16-bit numbers, at a time."""
+    whole = all(m.shape[i] == 1 or stride % 8 == 0 for i, stride in enumerate(m.stride()[:-1]))
+    return whole and m.stride(-1) == 1 and m.shape[-1] % 8 == 0 and m.data_ptr() % 16 == 0
+
+
+def _strides(m: Tensor) -> tuple[int, int, int]:
+    """Of images, paths and positions; one map for all paths has a path stride of 0."""
+    return m.stride(0), 0 if m.shape[1] == 1 else m.stride(1), m.stride(2)

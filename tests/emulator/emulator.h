@@ -1,0 +1,138 @@
+// Runs a CUDA kernel on a CPU, block after block, every thread a fiber: enough of the language for ops/csrc, exact in its
+// synchronisation. A barrier that not every thread reaches, or a collective outside of a whole warp, is reported as a deadlock.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ucontext.h>
+#include <vector>
+
+#define EMULATED
+#define DEVICE inline
+#define __global__
+#define SHARED(name) static Shared name
+#define __launch_bounds__(...)
+
+struct Index { int x; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+static Index threadIdx, blockIdx;
+
+namespace emulator {
+enum State { READY, AT_WARP, AT_BLOCK, DONE };
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    State state;
+};
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current;
+static void (*body)();
+static float lanes[32][32][8];  // what the lanes of each warp show each other
+
+static void wait(State state) {
+    fibers[current].state = state;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+static void enter() {
+    body();
+    fibers[current].state = DONE;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+static bool release(int first, int count, State state) {
+    for (int i = first; i < first + count; i++)
+        if (fibers[i].state != state) return false;
+    for (int i = first; i < first + count; i++) fibers[i].state = READY;
+    return true;
+}
+static int run_block(int threads) {
+    fibers.resize(threads);
+    for (Fiber &fiber : fibers) {
+        fiber.stack.resize(1 << 18);
+        fiber.state = READY;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (;;) {
+        bool ran = false, done = true;
+        for (current = 0; current < threads; current++) {
+            if (fibers[current].state == READY) {
+                threadIdx.x = current;
+                swapcontext(&scheduler, &fibers[current].context);
+                ran = true;
+            }
+            done = done && fibers[current].state == DONE;
+        }
+        if (done) return 0;
+        for (int first = 0; first < threads; first += 32) ran = release(first, 32, AT_WARP) || ran;
+        ran = release(0, threads, AT_BLOCK) || ran;
+        if (!ran) return 1;
+    }
+}
+static float *mine() { return lanes[current / 32][current % 32]; }
+static const float *lane(int i) { return lanes[current / 32][i]; }
+}  // namespace emulator
+
+static void __syncthreads() { emulator::wait(emulator::AT_BLOCK); }
+static void __syncwarp() { emulator::wait(emulator::AT_WARP); }
+
+static float from_bits(uint32_t v) { float y; std::memcpy(&y, &v, 4); return y; }
+static uint32_t bits_of(float v) { uint32_t y; std::memcpy(&y, &v, 4); return y; }
+static float exp2_fast(float v) { return std::exp2(v); }
+static float reciprocal(float v) { return 1.f / v; }
+static float half_to_float(uint16_t v) { _Float16 y; std::memcpy(&y, &v, 2); return (float)y; }
+static uint16_t float_to_half(float v) { _Float16 h = (_Float16)v; uint16_t y; std::memcpy(&y, &h, 2); return y; }
+static uint16_t float_to_bfloat(float v) {
+    const uint32_t bits = bits_of(v);
+    if (v != v) return 0x7fff;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static void copy_async(void *to, const void *from, bool real) {
+    if (((uintptr_t)to | (uintptr_t)from) % 16 && real) std::abort();
+    real ? (void)std::memcpy(to, from, 16) : (void)std::memset(to, 0, 16);
+}
+template <class V>
+static void store_if(uint32_t condition, V *to, V v) {
+    if (condition) *to = v;
+}
+static void wait_copies() {}
+static float exchange(float v, int mask) {
+    emulator::mine()[0] = v;
+    __syncwarp();
+    const float other = emulator::lane(threadIdx.x % 32 ^ mask)[0];
+    __syncwarp();
+    return other;
+}
+static uint32_t ballot(bool v) {
+    emulator::mine()[0] = v;
+    __syncwarp();
+    uint32_t mask = 0;
+    for (int i = 0; i < 32; i++) mask |= (uint32_t)(emulator::lane(i)[0] != 0.f) << i;
+    __syncwarp();
+    return mask;
+}
+static float as_tf32(float v) { return from_bits(bits_of(v) & 0xffffe000u); }  // what the tensor cores read of a float32
+static void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    const float own[6] = {a0, a1, a2, a3, b0, b1};
+    for (int i = 0; i < 6; i++) emulator::mine()[i] = as_tf32(own[i]);
+    __syncwarp();
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++) {
+        const int column = 2 * q + i % 2;
+        double sum = d[i];
+        for (int k = 0; k < 8; k++) {
+            const float a = emulator::lane(4 * g + k % 4)[i / 2 + 2 * (k / 4)];
+            const float b = emulator::lane(4 * column + k % 4)[4 + k / 4];
+            sum += (double)a * b;
+        }
+        d[i] = (float)sum;
+    }
+    __syncwarp();
+}

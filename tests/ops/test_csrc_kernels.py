@@ -1,0 +1,82 @@
+"""The CUDA C++ kernels against the reference in float64: on a GPU, or emulated on a CPU (with TRITON_INTERPRET=1).
+
+test_triton.py runs this file in an interpreting process of its own, where the emulator stands in for NVRTC.
+"""
+
+import os
+
+import pytest
+import torch
+
+from visionssm.ops import CROSS, ScanPaths, cross_selective_scan, cross_selective_scan_ref
+from visionssm.ops.testing import assert_within_budget, cross_selective_scan_inputs, outputs_and_gradients, to_float64
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = (
+    [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+F16, BF16 = torch.float16, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Serve from csrc whatever the size; count the launches; every tensor the launcher allocates starts as NaN."""
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import cuda, launch
+
+    launched = []
+    compile_kernel = cuda.compile_kernel
+    if INTERPRETED:
+        import emulator
+
+        if emulator.COMPILER is None:
+            pytest.skip("needs g++")
+        compile_kernel = emulator.compile_kernel
+        monkeypatch.setattr(cuda, "enabled", lambda device: True)
+
+    def counted(kernel, *case):
+        launched.append(kernel)
+        return compile_kernel(kernel, *case)
+
+    def poisoned(*args, **kwargs):
+        return new_empty(*args, **kwargs).fill_(float("nan"))
+
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(cuda, "compile_kernel", counted)
+    monkeypatch.setattr(launch._Scan, "_splits", lambda self, programs, tiles: (1, tiles))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("size", "paths", "options"),
+    [
+        ((3, 5), CROSS, {"dtype": BF16, "rank": 3}),
+        ((5, 7), CROSS, {"dtype": F16, "rank": 6, "channels": 96, "batch": 1}),
+        ((1, 19), ("h", "h_flip"), {"dtype": BF16, "shared": False, "rank": 2}),
+        ((5, 4), ("v_flip",), {"dtype": F16, "channels": 40, "batch": 1, "rank": 9}),
+        ((5, 3), ("w2", "w2_flip"), {"dtype": BF16, "batch": 1, "rank": 1}),
+        ((4, 5), ("w7", "v"), {"dtype": BF16, "batch": 1, "rank": 24}),
+        ((17, 1), ("v", "h"), {"dtype": F16, "D": False, "dt_bias": False, "batch": 1, "rank": 48}),
+        ((5, 4), CROSS, {"dtype": BF16, "batch": 3, "rank": 10, "channels": 136}),
+        ((1, 1), ("v", "h_flip"), {"dtype": BF16, "batch": 1, "rank": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("merge", [True, False])
+def test_map(kernels, size, paths, options, merge):
+    inputs = cross_selective_scan_inputs(size=size, paths=paths, device=DEVICE, **{"state": 1, "channels": 24, **options})
+
+    def op(**tensors):
+        return cross_selective_scan(**tensors, paths=paths, merge=merge, backend="triton")
+
+    def reference(**tensors):
+        return cross_selective_scan_ref(**tensors, paths=ScanPaths(paths, size), merge=merge)
+
+    low, high = outputs_and_gradients(reference, inputs), outputs_and_gradients(reference, to_float64(inputs))
+    actual = outputs_and_gradients(op, inputs)
+    assert kernels == ["scan_forward", "scan_backward"]
+    assert actual.keys() == high.keys()
+    for name in high:
+        assert_within_budget(actual[name], low[name], high[name], name)
