@@ -23,6 +23,7 @@ from typing import Any
 import timm
 import torch
 from benchmark_ops import environment
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from safetensors.torch import save_file
 from torch import nn
@@ -36,19 +37,23 @@ from visionssm.engine.launch import newest_checkpoint, parsed_options
 # in this order over the GPUs: two of them get about the same to do
 CONFIGS = ("vmamba-nano", "local-vmamba-nano", "local-vim-nano", "vim-nano", "deit-nano", "convnext-nano")
 UNCHANGED = 0.02  # percentage points, two of 10,000 test images
+TIMED_EPOCHS = 6  # one more than the warm-up
+OVERHEAD = 60  # seconds of a training beside its epochs, with compiled code in the cache
 
 
 class Job:
     """One training in a process of its own."""
 
-    def __init__(self, config: str, seed: int, gpu: int, folder: Path, threads: int, arguments: argparse.Namespace) -> None:
+    def __init__(self, config: str, seed: int, gpu: int, folder: Path, threads: int, options: list[str], compiled: bool) -> None:
         self.config, self.seed, self.gpu = f"{config}_cifar10", seed, gpu
-        self.options = [f"data_root={arguments.data_root.resolve()}", f"randomness.seed={seed}", *arguments.cfg_options]
+        self.options = [*options, f"randomness.seed={seed}"]
         self.work_dir = folder / f"{self.config}_{seed}"
-        self.work_dir.mkdir(parents=True, exist_ok=True)
+        if self.work_dir.exists():
+            raise SystemExit(f"--work-dir: {self.work_dir} exists; expected a new folder, so that no older run is measured")
+        self.work_dir.mkdir(parents=True)
         self.log = self.work_dir / "output.txt"
         command = [sys.executable, "-m", "visionssm", "train", self.config, "--work-dir", str(self.work_dir)]
-        command += ["--compile"] * arguments.compile + ["--cfg-options", *self.options]
+        command += ["--compile"] * compiled + ["--cfg-options", *self.options]
         shares = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu}
         environ = os.environ | {name: str(value) for name, value in shares.items()}
         self.began = time.monotonic()
@@ -73,6 +78,14 @@ class Job:
         lines = [json.loads(line) for file in self.work_dir.glob("*/vis_data/scalars.json") for line in file.open()]
         return [line[key] for line in lines if key in line and line.get("epoch", 0) > 1]
 
+    def config_with_options(self) -> Config:
+        """What the process trains by."""
+        return load_config(self.config, parsed_options(self.options))
+
+    def rate(self) -> int:
+        """Images/s of the training loop."""
+        return round(self.config_with_options().train_dataloader.batch_size / statistics.median(self.logged("time")))
+
 
 def wait(jobs: list[Job], seconds: float) -> None:
     """Until all have ended, or the time is over; then stop the rest."""
@@ -96,9 +109,20 @@ def accuracy(model: nn.Module, loader: DataLoader) -> float:
     return 100 * right / len(loader.dataset)
 
 
-def result(job: Job, sharing: int, weights: Path | None) -> dict[str, Any]:
+def fitting_epochs(jobs: list[Job], images: int, seconds: float) -> int:
+    """How many epochs the slowest of these runs can do in the time that is left."""
+    for job in jobs:
+        if job.process.returncode or not job.logged("time"):
+            raise SystemExit(f"{job.config} did not get through {TIMED_EPOCHS} epochs:\n{job.log.read_text()[-3000:]}")
+    rates = {job.config: job.rate() for job in jobs}
+    epochs = int(0.95 * (seconds - OVERHEAD) * min(rates.values()) / images)
+    print(f"{rates} images/s; {epochs} epochs fit into {seconds:.0f} s", flush=True)
+    return max(epochs, TIMED_EPOCHS)
+
+
+def result(job: Job, sharing: int, loader: DataLoader, weights: Path | None) -> dict[str, Any]:
     """A row of the table; writes the weights, if a folder is given for them."""
-    cfg = load_config(job.config, parsed_options(job.options))
+    cfg = job.config_with_options()
     row = {
         "config": job.config,
         "model": cfg.model.backbone.model_name,
@@ -108,8 +132,8 @@ def result(job: Job, sharing: int, weights: Path | None) -> dict[str, Any]:
         "seconds": None if job.seconds is None else round(job.seconds),
         "processes_on_gpu": sharing,
     }
-    if times := job.logged("time"):
-        row["images_per_s"] = round(cfg.train_dataloader.batch_size / statistics.median(times))
+    if job.logged("time"):
+        row["images_per_s"] = job.rate()
     if memory := job.logged("memory"):
         row["peak_memory_mib"] = round(max(memory))
     checkpoint = newest_checkpoint(job.work_dir)
@@ -117,7 +141,6 @@ def result(job: Job, sharing: int, weights: Path | None) -> dict[str, Any]:
         return row
     model = MODELS.build(cfg.model)
     load_checkpoint(model.backbone, checkpoint, entry="state_dict")  # the average
-    loader = Runner.build_dataloader(cfg.test_dataloader)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     row["weights"] = Path(checkpoint).stem
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
@@ -141,6 +164,7 @@ def parse() -> argparse.Namespace:
         "--seeds", nargs="+", type=int, default=[0], help="one run of each model for each; the first one's weights are kept"
     )
     parser.add_argument("--seconds", type=float, default=500, help="what still trains after so long is stopped")
+    parser.add_argument("--fit", action="store_true", help="time a few epochs first, then train as many as fit into --seconds")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/cifar10"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder for the table, the weights and the log")
@@ -150,33 +174,55 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Train, measure, write. The exit status says whether every run finished."""
-    arguments = parse()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+def train(arguments: argparse.Namespace, folder: Path, options: list[str], seconds: float) -> list[Job]:
+    """All runs at once, until they have ended or the time is over."""
     gpus = max(1, torch.cuda.device_count())
     todo = [(config, seed) for seed in arguments.seeds for config in arguments.configs]
     threads = max(1, (os.cpu_count() or 1) // len(todo))
-    jobs = [Job(*run, number % gpus, arguments.work_dir, threads, arguments) for number, run in enumerate(todo)]
+    options = [f"data_root={arguments.data_root.resolve()}", *arguments.cfg_options, *options]
+    jobs = [
+        Job(config, seed, number % gpus, folder, threads, options, arguments.compile) for number, (config, seed) in enumerate(todo)
+    ]
     try:
-        wait(jobs, arguments.seconds)
+        wait(jobs, seconds)
     finally:
         for job in jobs:
             job.stop()
+    return jobs
+
+
+def write(jobs: list[Job], out: Path) -> None:
+    """The table, the weights, the processes' output."""
+    out.mkdir(parents=True, exist_ok=True)
     machine = {"timm": timm.__version__} | environment("cuda" if torch.cuda.is_available() else "cpu")
+    loader = Runner.build_dataloader(jobs[0].config_with_options().test_dataloader)
     rows = []
     for job in jobs:
         sharing = sum(other.gpu == job.gpu for other in jobs)
-        keep = job.seed == arguments.seeds[0] and "_nano" in load_config(job.config).model.backbone.model_name
-        rows.append(result(job, sharing, arguments.out if keep else None) | machine)
+        keep = job.seed == jobs[0].seed and "_nano" in job.config_with_options().model.backbone.model_name
+        rows.append(result(job, sharing, loader, out if keep else None) | machine)
         print(rows[-1], flush=True)
     name = torch.cuda.get_device_name().split()[1].lower() if torch.cuda.is_available() else "cpu"
-    with (arguments.out / f"cifar10_{name}.csv").open("w", newline="") as file:
+    with (out / f"cifar10_{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    with (arguments.out / f"cifar10_{name}.log").open("w") as file:
+    with (out / f"cifar10_{name}.log").open("w") as file:
         file.writelines(f"== {job.config} seed {job.seed}\n{job.log.read_text()}\n" for job in jobs)
+
+
+def main() -> int:
+    """Train, measure, write. The exit status says whether every run finished."""
+    began = time.monotonic()
+    arguments = parse()
+    options = []
+    if arguments.fit:
+        timed = train(arguments, arguments.work_dir / "timed", [f"train_cfg.max_epochs={TIMED_EPOCHS}"], arguments.seconds / 2)
+        images = sum(1 for _ in arguments.data_root.glob("train/*/*"))
+        left = arguments.seconds - (time.monotonic() - began)
+        options = [f"train_cfg.max_epochs={fitting_epochs(timed, images, left)}"]
+    jobs = train(arguments, arguments.work_dir, options, arguments.seconds - (time.monotonic() - began))
+    write(jobs, arguments.out)
     return int(any(job.process.returncode for job in jobs))
 
 

@@ -53,13 +53,14 @@ class BatchAugmentation(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(batch, C, H, W)` uint8 to float32 in [0, 255]; RGB if `distort` is not 0."""
-        images = images.float()
-        distorted = torch.rand(len(images), device=images.device) < self.distort
-        images = self.moved(images, distorted)
-        return self.recoloured(images, distorted) if self.distort else images
+        with torch.autocast(images.device.type, enabled=False):  # a grid in bfloat16 would be off by a pixel
+            images = images.float()
+            distorted = torch.rand(len(images), device=images.device) < self.distort
+            images = self.moved(images, distorted)
+            return self.recoloured(images, distorted) if self.distort else images
 
     def moved(self, images: Tensor, distorted: Tensor) -> Tensor:
-        """One resampling for all that moves pixels; a shift and a mirror alone leave their values as they are."""
+        """One resampling for all that moves pixels; a shift and a mirror alone leave their values, but for rounding."""
         batch, _, height, width = images.shape
         device = images.device
         angle = _between(math.radians(self.rotation), batch, device) * distorted
