@@ -170,7 +170,8 @@ class ImageClassifier(BaseModel):
 def _check_names(path: str, arguments: Mapping[str, Any] | None, cls: type) -> None:
     for name in arguments or {}:
         if name not in (known := signature(cls).parameters):
-            raise UserError(f"{path}.{name}: {cls.__name__} has no such argument{did_you_mean(name, known)}")
+            package = cls.__module__.partition(".")[0]
+            raise UserError(f"{path}.{name}: {package}'s {cls.__name__} has no such argument{did_you_mean(name, known)}")
 
 
 def create_backbone(model_name: str, **kwargs: Any) -> nn.Module:
