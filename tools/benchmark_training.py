@@ -1,20 +1,28 @@
-"""Time the training loop of a config: `python tools/benchmark_training.py CONFIG [--workers 4 8 16] [--cfg-options KEY=VALUE ...]`.
+"""Time the training loop of a config: `python tools/benchmark_training.py CONFIG [--real] [--workers 4 8 16] [--out FILE]`.
 
-Three rates in images/s, all in one run: the bare training step (forward, loss, backward, clipping, optimizer) on one batch that
-stays on the device; the whole loop (hooks, logs, average, mixing, loader) on synthetic images; and the config's loader alone, for
-each number of workers, where its data lies in `data_root`. The loop is to reach the bare step within 5 %.
+Rates in images/s, all in one run: the bare training step (forward, loss, backward, clipping, optimizer) on one batch that stays
+on the device; the whole loop (hooks, logs, average, mixing, loader) on synthetic images, and with `--real` on the config's own, as
+often as needed; and the config's loader alone, for each number of workers. The loop is to reach the bare step within 5 %.
+
+Started by torchrun, it times the loops alone, over all processes. With the same `--out` as the run of one process before, each rate
+is compared with that of one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_ops import environment
 from mmengine.config import Config
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from torch.nn.functional import cross_entropy
@@ -22,6 +30,8 @@ from torch.utils.data import Dataset
 
 from visionssm.engine import OptimWrapperConstructor, Runner
 from visionssm.engine.config import load_config
+from visionssm.engine.distributed import process_group
+from visionssm.engine.hooks import unwrapped
 from visionssm.engine.launch import parsed_options
 from visionssm.errors import UserError
 from visionssm.registry import DATASETS, HOOKS
@@ -43,6 +53,21 @@ class SyntheticImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index % 64], "label": index % len(self.metainfo["classes"]), "unreadable": ()}
+
+
+@DATASETS.register_module()
+class Repeated(Dataset):
+    """Another data set over and over, up to a length."""
+
+    def __init__(self, dataset: dict[str, Any], length: int) -> None:
+        self.inner = DATASETS.build(dataset)
+        self.metainfo, self.split, self.length = self.inner.metainfo, self.inner.split, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.inner[index % len(self.inner)]
 
 
 @HOOKS.register_module()
@@ -89,26 +114,32 @@ def bare_rate(cfg: Config, steps: int, begin: int, compiled: bool) -> float:
     return batch * (steps - begin) / (clock() - started)
 
 
-def loop_rate(cfg: Config, steps: int, begin: int, compiled: bool, folder: str) -> float:
-    """Images/s of the whole loop."""
-    batch, classes = cfg.train_dataloader.batch_size, cfg.model.backbone.num_classes
-    data = {"type": "visionssm.SyntheticImages", "length": batch * steps, "num_classes": classes, "input_size": cfg.input_size}
-    cfg = Config(
-        {
-            **{key: value for key, value in cfg.to_dict().items() if not key.startswith(("val_", "test_"))},
-            "train_dataloader": {**cfg.train_dataloader, "dataset": data, "sampler": {"type": "DefaultSampler", "shuffle": True}},
-            "train_cfg": {"by_epoch": True, "max_epochs": 1},
-            "param_scheduler": None,
-            "work_dir": folder,
-            "default_hooks": {**cfg.default_hooks, "checkpoint": None},
-            "custom_hooks": [hook for hook in cfg.custom_hooks if hook["type"] in ("visionssm.EMAHook", "visionssm.DataCheckHook")]
-            + [{"type": "visionssm.StopWatch", "begin": begin}],
-        }
-    )
-    runner = Runner.from_cfg(cfg)
-    if compiled:
-        runner.model.backbone.compile()
-    runner.train()
+def loop_rate(cfg: Config, data: dict[str, Any], steps: int, begin: int, compiled: bool) -> float:
+    """Images/s of the whole loop, over all processes."""
+    batch = cfg.train_dataloader.batch_size * get_world_size()
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = Config(
+            {
+                **{key: value for key, value in cfg.to_dict().items() if not key.startswith(("val_", "test_"))},
+                "train_dataloader": {
+                    **cfg.train_dataloader,
+                    "dataset": {**data, "length": batch * steps},
+                    "sampler": {"type": "DefaultSampler", "shuffle": True},
+                },
+                "train_cfg": {"by_epoch": True, "max_epochs": 1},
+                "param_scheduler": None,
+                "work_dir": folder,
+                "default_hooks": {**cfg.default_hooks, "checkpoint": None},
+                "custom_hooks": [
+                    *(hook for hook in cfg.custom_hooks if hook["type"] in ("visionssm.EMAHook", "visionssm.DataCheckHook")),
+                    {"type": "visionssm.StopWatch", "begin": begin},
+                ],
+            }
+        )
+        runner = Runner.from_cfg(cfg)
+        if compiled:
+            unwrapped(runner.model).backbone.compile()
+        runner.train()
     return batch * (steps - begin) / runner.seconds
 
 
@@ -128,28 +159,67 @@ def loader_rate(cfg: Config, workers: int, seconds: float) -> float:
     return images / (time.perf_counter() - started)
 
 
+def record(rows: list[dict[str, Any]], out: Path) -> None:
+    """Add to the table in `out`; with more than one process, say how each rate compares with that of one process there."""
+    earlier = list(csv.DictReader(out.open(newline=""))) if out.exists() else []
+    for row in rows:
+        same = ("what", "config", "batch", "device")
+        alone = [old for old in earlier if old["processes"] == "1" and all(old[key] == str(row[key]) for key in same)]
+        if row["processes"] > 1 and alone:
+            row["scaling"] = round(row["images_per_s"] / row["processes"] / float(alone[-1]["images_per_s"]), 3)
+            print(f"{row['what']}: {row['scaling']} of {row['processes']} times the rate of one process")
+    columns = [*rows[0], *(["scaling"] if "scaling" not in rows[0] else [])]
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*earlier, *rows])
+
+
+def rates(cfg: Config, arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """What was timed, and images/s."""
+    timed = (arguments.steps, max(1, arguments.steps // 5), arguments.compile)
+    if get_world_size() == 1:
+        yield "bare step", bare_rate(cfg, *timed)
+    classes = cfg.model.backbone.num_classes
+    synthetic = {"type": "visionssm.SyntheticImages", "num_classes": classes, "input_size": cfg.input_size}
+    yield "loop, synthetic images", loop_rate(cfg, synthetic, *timed)
+    if arguments.real:
+        yield "loop, real images", loop_rate(cfg, {"type": "visionssm.Repeated", "dataset": cfg.train_dataloader.dataset}, *timed)
+    if get_world_size() == 1:
+        for workers in arguments.workers:
+            yield f"loader alone, {workers} workers", loader_rate(cfg, workers, arguments.seconds)
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--steps", type=int, default=100, help="training steps; the first fifth is not counted")
     parser.add_argument("--compile", action="store_true", help="run the backbone through torch.compile")
+    parser.add_argument("--real", action="store_true", help="also time the loop on the config's own images")
     parser.add_argument("--workers", nargs="*", type=int, default=[], help="numbers of workers to time the loader with")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each number of workers")
+    parser.add_argument("--out", type=Path, help="a CSV file to add the rates to")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     cfg = load_config(arguments.config, parsed_options(arguments.cfg_options))
-    begin = max(1, arguments.steps // 5)
-    with tempfile.TemporaryDirectory() as folder:
-        bare = bare_rate(cfg, arguments.steps, begin, arguments.compile)
-        loop = loop_rate(cfg, arguments.steps, begin, arguments.compile, folder)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    batch = cfg.train_dataloader.batch_size
-    print(f"{device}, torch {torch.__version__}, {cfg.model.backbone.model_name}, {cfg.input_size} px, batch {batch}")
-    print(f"bare step     {bare:9.1f} images/s")
-    print(f"training loop {loop:9.1f} images/s, {loop / bare:.3f} of the bare step")
-    for workers in arguments.workers:
-        print(f"loader alone  {loader_rate(cfg, workers, arguments.seconds):9.1f} images/s with {workers} workers", flush=True)
+    with process_group() as distributed:
+        if distributed:
+            cfg.launcher = "pytorch"
+            if not torch.cuda.is_available():
+                cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
+        facts = {"processes": get_world_size(), "config": Path(cfg.filename).stem, "batch": cfg.train_dataloader.batch_size}
+        machine = environment("cuda" if torch.cuda.is_available() else "cpu")
+        rows = []
+        for what, rate in rates(cfg, arguments):
+            rows.append({"what": what, "images_per_s": round(rate, 1), **facts, "compiled": arguments.compile, **machine})
+            share = (
+                f", {rate / rows[0]['images_per_s']:.3f} of the bare step" if what.startswith("loop") and not distributed else ""
+            )
+            if is_main_process():
+                print(f"{what:28} {rate:9.1f} images/s{share}, {facts['processes']} x {facts['batch']}", flush=True)
+        if arguments.out and is_main_process():
+            record(rows, arguments.out)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python tools/make_model_cards.py [--check]
 
-Published figures come from visionssm/weights/checkpoints.json, ours from the file that tools/measure_models.py writes.
+Published figures come from visionssm/weights/checkpoints.json, ours from the files that tools/measure_models.py and
+tools/benchmark_cifar10.py write.
 `--check` writes nothing and fails where a file differs from what would be written.
 """
 
 import argparse
+import csv
 import json
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from visionssm.weights import Checkpoint, checkpoints
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = json.loads((ROOT / "benchmarks" / "models_cpu.json").read_text())
 HEADING = {"classification": "image-classification", "detection": "object-detection", "segmentation": "image-segmentation"}
+RUNS = [row for path in sorted((ROOT / "benchmarks").glob("cifar10_*.csv")) for row in csv.DictReader(path.open(newline=""))]
 DATASETS = {"classification": "imagenet-1k", "detection": "coco", "segmentation": "ade20k"}
 FIGURES = {
     "top1": "ImageNet-1k top-1, %",
@@ -66,16 +69,17 @@ def main() -> None:
 
 def files() -> dict[Path, str]:
     """Every file that this tool owns, with its text."""
-    rows = checkpoints(status=None)
+    rows = sorted(checkpoints(status=None), key=lambda row: row.shipped_file is not None)
     cards = {ROOT / "model_cards" / f"{row.name}.md": card(row) for row in rows}
     cards[ROOT / "model_cards" / "README.md"] = index(rows)
-    cards[ROOT / "model-index.yml"] = mim_index([row for row in rows if row.status == "available"])
+    cards[ROOT / "model-index.yml"] = mim_index([row for row in rows if row.status == "available" and not row.shipped_file])
     return cards
 
 
 def card(row: Checkpoint) -> str:
     """One page: head, what it is, origin, reported, measured, use, limits."""
-    parts = [head(row), f"# {row.name}", what_it_is(row), origin(row), reported(row)]
+    parts = [head(row), f"# {row.name}", what_it_is(row), origin(row)]
+    parts.append(trained(row) if row.shipped_file else reported(row))
     if row.model:
         parts.append(measured(row))
     if row.status == "available":
@@ -89,13 +93,19 @@ def head(row: Checkpoint) -> str:
     licence = row.origin.license if row.origin.license != "unclear" else "other"
     lines = ["---", f"license: {licence}", "library_name: timm", f"pipeline_tag: {HEADING[row.task]}"]
     lines += ["tags:", "- visionssm", "- timm", "- state-space-model", f"- {row.family.replace('_', '-')}"]
-    lines += ["datasets:", f"- {DATASETS[row.task]}", "model-index:", f"- name: {row.name}", "  results:"]
+    dataset = dataset_of(row)
+    lines += ["datasets:", f"- {dataset}", "model-index:", f"- name: {row.name}", "  results:"]
     lines += ["  - task:", f"      type: {HEADING[row.task]}", "    dataset:"]
-    lines += [f"      name: {DATASETS[row.task]}", f"      type: {DATASETS[row.task]}", "    metrics:"]
+    lines += [f"      name: {dataset}", f"      type: {dataset}", "    metrics:"]
     for key, metric in METRICS.items():
         if key in row.reported:
             lines += [f"    - type: {metric}", f"      value: {row.reported[key]}", "      verified: false"]
     return "\n".join([*lines, "---"])
+
+
+def dataset_of(row: Checkpoint) -> str:
+    """The hub's name of what a checkpoint was trained on."""
+    return "cifar10" if row.shipped_file else DATASETS[row.task]
 
 
 def what_it_is(row: Checkpoint) -> str:
@@ -105,6 +115,8 @@ def what_it_is(row: Checkpoint) -> str:
     else:
         doc = timm.model_entrypoint(row.model).__doc__.splitlines()[0].rstrip(".")
         subject = f"{doc}, our `{row.model}`"
+    if row.shipped_file:
+        return f"{subject}, trained by us on CIFAR-10. The architecture is that of *{row.origin.title}* ({row.origin.paper})."
     tasks = {
         "classification": "trained on ImageNet-1k to classify images",
         "detection": "as the backbone of a Mask R-CNN trained on COCO",
@@ -122,17 +134,17 @@ def what_it_is(row: Checkpoint) -> str:
 def origin(row: Checkpoint) -> str:
     """Where the file lies and under which licence."""
     facts = {
-        "repository": row.origin.origin,
-        "file": row.url or "none",
+        "repository": "" if row.shipped_file else row.origin.origin,
+        "file": f"`{row.shipped_file.relative_to(ROOT)}`, in the package" if row.shipped_file else row.url or "none",
         "older addresses": ", ".join(row.other_urls),
         "size": f"about {row.size_mb} MB" if row.size_mb else "not stated",
         "SHA-256": row.sha256 or "not published; recorded at the first download, a later change is an error",
         "weights under": f"`{row.entry}`" if row.entry else "",
-        "authors' config": f"`{row.config}`" if row.config else "",
+        "our config" if row.shipped_file else "authors' config": f"`{row.config}`" if row.config else "",
         "training log": row.log or "",
         "licence": f"{row.origin.license}. {row.origin.license_note}",
     }
-    return "## Origin\n\n" + table(("what", "as published"), facts)
+    return "## Origin\n\n" + table(("what", "here" if row.shipped_file else "as published"), facts)
 
 
 def reported(row: Checkpoint) -> str:
@@ -143,6 +155,18 @@ def reported(row: Checkpoint) -> str:
     )
 
 
+def trained(row: Checkpoint) -> str:
+    """Our training, from the file that a command wrote: this model, and those that were trained beside it."""
+    lines = ["| model | test accuracy, % | parameters | epochs | images/s | GPU memory, MiB |", "|---|---|---|---|---|---|"]
+    for run in RUNS:
+        name = f"**{run['model']}**" if run["model"] == row.model else run["model"]
+        facts = (f"{float(run['accuracy']):.2f}", f"{int(run['parameters']):,}", run["epochs"], run["images_per_s"])
+        lines.append(f"| {name} | {' | '.join(facts)} | {run['peak_memory_mib']} |")
+    where = "{device}, {processes_on_gpu} processes on each GPU, PyTorch {torch}, timm {timm}, {date}".format(**RUNS[0])
+    note = "One recipe for all; images/s of the training loop. The test images chose nothing: the last epoch counts."
+    return f"## Trained here\n\n`tools/benchmark_cifar10.py` on {where}. {note}\n\n" + "\n".join(lines)
+
+
 def measured(row: Checkpoint) -> str:
     """Our figures for the architecture, from the file that a command wrote."""
     ours = MEASURED["models"][row.model]
@@ -150,6 +174,8 @@ def measured(row: Checkpoint) -> str:
     error = (
         f"{parity['logits']:.1e} of the largest logit, the worst of {parity['cases']} cases, with weights filled by rule"
         if parity
+        else ""
+        if row.shipped_file
         else "no reference output of this variant at hand; smaller ones of its family agree"
     )
     facts = {
@@ -161,6 +187,7 @@ def measured(row: Checkpoint) -> str:
     }
     where = "{device}, PyTorch {torch}, {date}".format(**MEASURED["environment"])
     note = "" if row.task == "classification" else " Of the backbone as a classifier."
+    note = " With a head of 1000 classes." if row.shipped_file else note
     return f"## Measured here\n\n`tools/measure_models.py` on {where}.{note}\n\n" + table(("figure", "value"), facts)
 
 
@@ -187,12 +214,13 @@ visionssm.load_checkpoint(backbone, file)  # the backbone; the rest of the file 
 def limits(row: Checkpoint) -> str:
     """What to know before use."""
     notes = [f"- {note}" for note in row.notes]
-    if row.status == "available":
+    if row.status == "available" and not row.shipped_file:
         notes.append(
             "- The file is a pickle. It is read without running anything in it, and refused if it names more than weights need."
         )
     if row.task == "classification":
-        notes.append("- Trained on ImageNet-1k: its classes, its photographs and their biases; not for decisions about people.")
+        name = "CIFAR-10" if row.shipped_file else "ImageNet-1k"
+        notes.append(f"- Trained on {name}: its classes, its photographs and their biases; not for decisions about people.")
     return "## Limits\n\n" + "\n".join(notes)
 
 

@@ -56,7 +56,7 @@ def main() -> None:
 
 def counts(name: str) -> dict[str, Any]:
     """Parameters and FLOPs for one image of the model's size."""
-    model = timm.create_model(name, device="meta")
+    model = timm.create_model(name, device="meta", num_classes=1000)
     count = count_flops(model, model.pretrained_cfg["input_size"])
     return {
         "image": model.pretrained_cfg["input_size"][-1],

@@ -20,7 +20,8 @@ from torch import nn
 
 from visionssm import config_path
 from visionssm.cli import main
-from visionssm.engine import ImageClassifier, ImagePreprocessor, OptimWrapperConstructor, RuntimeInfoHook
+from visionssm.engine import EMAHook, ImageClassifier, ImagePreprocessor, OptimWrapperConstructor, Runner, RuntimeInfoHook
+from visionssm.engine.config import load_config
 from visionssm.engine.launch import _use_amp, main_test, main_train
 from visionssm.engine.optim import OptimWrapper
 from visionssm.errors import UserError
@@ -127,10 +128,30 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(random_config, tmp_path, c
     assert (killed / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_tested_after_training_is_the_average(tiny):
+    """mmengine begins the test as a run of its own, at which its hook would begin a new average."""
+    path, work = tiny
+    cfg = load_config(str(path))
+    cfg.work_dir = str(work)
+    cfg.custom_hooks = [{"type": "visionssm.EMAHook", "decay": 0.5}]
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    (hook,) = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    averaged, trained = (
+        torch.cat([p.detach().flatten() for p in model.parameters()]).clone() for model in (hook.ema_model.module, runner.model)
+    )
+    assert not torch.equal(averaged, trained)
+    seen = []
+    runner.model.backbone.register_forward_pre_hook(
+        lambda module, _: seen.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    )
+    runner.test()
+    assert seen
+    assert all(torch.equal(weights, averaged) for weights in seen)
+
+
 def test_moving_average_counts_updates(tiny):
     """By hand: SGD without momentum, so that the weights after each update follow from the gradients."""
-    from visionssm.engine import EMAHook
-
     model = nn.Linear(1, 1, bias=False)
     hook = EMAHook(decay=0.9)
     hook.before_run(Namespace(model=model))

@@ -80,7 +80,7 @@ def test_arguments_of_the_factory_are_kept(name, kwargs, tmp_path):
 def test_arguments_given_when_saving(tmp_path):
     """A model that no factory of timm's has built: what differs from the architecture's defaults is said here."""
     paths = [["h", "v"]] * 4
-    model = visionssm.models.VMamba(patch_size=2, embed_dim=(32, 64, 128, 160), depths=(1, 1, 1, 1), paths=paths, num_classes=4)
+    model = visionssm.models.VMamba(patch_size=2, embed_dim=(64, 96, 128, 128), depths=(1, 1, 1, 1), paths=paths, num_classes=4)
     model.pretrained_cfg = timm.create_model("vmamba_nano", device="meta").pretrained_cfg
     save_for_hf(model.eval(), tmp_path, model_args={"depths": (1, 1, 1, 1), "paths": paths}, safe_serialization=True)
     assert_same(model, reload(tmp_path))

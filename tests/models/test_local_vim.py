@@ -308,7 +308,7 @@ def test_features_only():
     assert model.feature_info.module_name() == ["layers.4", "layers.9", "layers.14", "layers.19"]
     assert [f.shape for f in model(torch.randn(1, 3, 64, 96, device="meta"))] == [(1, 192, 4, 6)] * 4
     assert [f.shape for f in timm.create_model("local_vim_nano", features_only=True)(torch.randn(1, 3, 32, 48))] == [
-        (1, 128, 4, 6)
+        (1, 128, 8, 12)
     ] * 4
 
 

@@ -1,8 +1,9 @@
 """What a classification config names: model, data, metric, hooks, optimizer; needs mmengine (`pip install visionssm[train]`)."""
 
+from .augment import BatchAugmentation
 from .classifier import ImageClassifier, ImagePreprocessor
 from .contact_sheet import ContactSheetHook
-from .data import Digits, HubImages, ImageFolder
+from .data import CachedImages, Digits, HubImages, ImageFolder
 from .hooks import DataCheckHook, EMAHook, ExportHook, RandomnessHook, RuntimeInfoHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import TopK
@@ -14,6 +15,8 @@ from .search import DirectionSearch
 from .stream import ImageStream
 
 __all__ = [
+    "BatchAugmentation",
+    "CachedImages",
     "ContactSheetHook",
     "DataCheckHook",
     "Digits",

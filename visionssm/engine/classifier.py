@@ -21,18 +21,21 @@ from visionssm.models import load_checkpoint
 from visionssm.registry import MODELS
 from visionssm.weights import load_weights
 
+from .augment import BatchAugmentation
+
 
 @MODELS.register_module()
 class ImagePreprocessor(BaseDataPreprocessor):
     """Moves a batch of uint8 images to the device and normalises it there: a quarter of the bytes travel.
 
-    In training it then erases and mixes, also on the device.
+    In training it augments the batch before that, and erases and mixes after it, also on the device.
 
     Args:
         mean: per channel, in [0, 1] units.
         std: per channel, in [0, 1] units.
         random_erasing: arguments of timm's `RandomErasing`: `probability`, `mode`, `max_count`; None for none.
         mixup: timm's Mixup; None for none.
+        augmentation: what is done to the uint8 images; None for nothing.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class ImagePreprocessor(BaseDataPreprocessor):
         std: Sequence[float],
         random_erasing: Mapping[str, Any] | None = None,
         mixup: Mixup | None = None,
+        augmentation: BatchAugmentation | None = None,
     ) -> None:
         super().__init__(non_blocking=True)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.random_erasing = RandomErasing(**random_erasing) if random_erasing else None
         self.mixup = mixup
+        self.augmentation = augmentation
 
     def forward(self, data: Mapping[str, Any], training: bool = False) -> dict[str, Tensor]:
         """Images `(batch, C, H, W)` uint8 to float32 of mean 0 and deviation 1.
@@ -54,6 +59,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
         Labels `(batch,)` stay as they are, unless they are mixed in training, to `(batch, num_classes)` of sum 1.
         """
         images, labels = self.cast_data((data["images"], data["labels"]))
+        if training and self.augmentation:
+            images = self.augmentation(images)
         images = (images.float() - self.mean) / self.std
         if training and self.random_erasing:
             self.random_erasing.device = images.device
@@ -72,6 +79,7 @@ class ImageClassifier(BaseModel):
         label_smoothing: share of the target that is spread evenly over the classes.
         mixup: arguments of timm's `Mixup`, such as `mixup_alpha`, `cutmix_alpha`, `prob`, `switch_prob`, `mode`; None for none.
         random_erasing: arguments of timm's `RandomErasing`, applied to normalised images; None for none.
+        batch_augmentation: arguments of `BatchAugmentation`, which works on the device; None to leave it to the data set.
         initial_weights: where training starts: a checkpoint file, or the name of a published one as in `visionssm download`; also
             of a model whose weights load into this one, such as a Vim of stride 16 for one of stride 8. None for fresh weights.
         flip_test: predict the mean of the scores of an image and of its mirror image.
@@ -87,17 +95,23 @@ class ImageClassifier(BaseModel):
         label_smoothing: float = 0.0,
         mixup: Mapping[str, Any] | None = None,
         random_erasing: Mapping[str, Any] | None = None,
+        batch_augmentation: Mapping[str, Any] | None = None,
         initial_weights: str | None = None,
         flip_test: bool = False,
         data_preprocessor: dict | nn.Module | None = None,
     ) -> None:
         model = create_backbone(**backbone)
-        _check_names("model.mixup", mixup, Mixup)
-        _check_names("model.random_erasing", random_erasing, RandomErasing)
+        for argument, given, cls in (
+            ("mixup", mixup, Mixup),
+            ("random_erasing", random_erasing, RandomErasing),
+            ("batch_augmentation", batch_augmentation, BatchAugmentation),
+        ):
+            _check_names(f"model.{argument}", given, cls)
         if data_preprocessor is None:
             cfg = model.pretrained_cfg
             mixing = Mixup(num_classes=model.num_classes, label_smoothing=label_smoothing, **mixup) if mixup else None
-            data_preprocessor = ImagePreprocessor(cfg["mean"], cfg["std"], random_erasing, mixing)
+            augmentation = BatchAugmentation(**batch_augmentation) if batch_augmentation else None
+            data_preprocessor = ImagePreprocessor(cfg["mean"], cfg["std"], random_erasing, mixing, augmentation)
         super().__init__(data_preprocessor=data_preprocessor)
         self.backbone = model
         self.label_smoothing = label_smoothing
@@ -156,7 +170,8 @@ class ImageClassifier(BaseModel):
 def _check_names(path: str, arguments: Mapping[str, Any] | None, cls: type) -> None:
     for name in arguments or {}:
         if name not in (known := signature(cls).parameters):
-            raise UserError(f"{path}.{name}: timm's {cls.__name__} has no such argument{did_you_mean(name, known)}")
+            package = cls.__module__.partition(".")[0]
+            raise UserError(f"{path}.{name}: {package}'s {cls.__name__} has no such argument{did_you_mean(name, known)}")
 
 
 def create_backbone(model_name: str, **kwargs: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from timm.data import create_dataset, create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from visionssm.errors import UserError, did_you_mean, first_line
 from visionssm.registry import DATASETS, FUNCTIONS
@@ -233,6 +233,60 @@ class HubImages(IndexedImages):
         return f"{self.name}/{self.split}"
 
 
+@DATASETS.register_module()
+class CachedImages(Dataset):
+    """Another data set's images, decoded once and kept in memory: for small images, of which a GPU takes many thousands a second.
+
+    What is drawn anew in each epoch is then left to `model.batch_augmentation`, so the data set inside should draw nothing
+    (`transform.no_aug` of timm's training transforms). A batch is taken in one step and needs no collating:
+    `collate_fn=dict(type="visionssm.whole_batch")`, and no workers.
+
+    Args:
+        dataset: config of the data set inside.
+        data_root: given on to it, unless it has one.
+        input_size: likewise.
+        workers: processes that decode.
+    """
+
+    def __init__(
+        self,
+        dataset: Mapping[str, Any],
+        data_root: str | None = None,
+        input_size: int | Sequence[int] | None = None,
+        workers: int = 0,
+    ) -> None:
+        shared = {"data_root": data_root, "input_size": input_size}
+        inner = DATASETS.build({**{key: value for key, value in shared.items() if value is not None}, **dataset})
+        self.metainfo, self.split, self.data_config = inner.metainfo, inner.split, inner.data_config
+        loader = DataLoader(inner, batch_size=256, num_workers=workers, collate_fn=_stacked, worker_init_fn=init_worker)
+        self.images = torch.empty(len(inner), *inner.data_config["input_size"], dtype=torch.uint8)
+        self.labels = torch.empty(len(inner), dtype=torch.int64)
+        self.unreadable: dict[int, tuple[str, ...]] = {}
+        begin = 0
+        for images, labels, unreadable in loader:
+            end = begin + len(labels)
+            self.images[begin:end], self.labels[begin:end] = images, labels
+            self.unreadable |= {begin + index: paths for index, paths in enumerate(unreadable) if paths}
+            begin = end
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index]), "unreadable": self.unreadable.get(index, ())}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor | list[str]]:
+        """A whole batch, as `collate` makes it."""
+        unreadable = [path for index in indices for path in self.unreadable.get(index, ())] if self.unreadable else []
+        return {"images": self.images[indices], "labels": self.labels[indices], "unreadable": unreadable}
+
+
+def _stacked(samples: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, list[tuple[str, ...]]]:
+    """One tensor for a batch of images: a worker hands each tensor over in a file of its own."""
+    images, labels, unreadable = zip(*((sample["image"], sample["label"], sample["unreadable"]) for sample in samples), strict=True)
+    return torch.stack(images), torch.tensor(labels), list(unreadable)
+
+
 def require_package(package: str, purpose: str) -> None:
     """Refuse to go on without a package that only some data sets need.
 
@@ -273,6 +327,12 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | list[str
         "labels": torch.tensor([sample["label"] for sample in samples]),
         "unreadable": [path for sample in samples for path in sample["unreadable"]],
     }
+
+
+@FUNCTIONS.register_module()
+def whole_batch(batch: dict[str, Tensor | list[str]]) -> dict[str, Tensor | list[str]]:
+    """The batch as it is, for a data set that makes whole batches."""
+    return batch
 
 
 @FUNCTIONS.register_module()

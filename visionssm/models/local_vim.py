@@ -659,16 +659,16 @@ def _create_local_vim(variant: str, pretrained: bool = False, depth: int = 20, *
 
 @register_model
 def local_vim_nano(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    """About a million parameters for images from 32 px: patches of 8 pixels, N = 4."""
+    """About a million parameters for images from 32 px: patches of 4 pixels, N = 4."""
     cross, local = ("h", "h_flip", "v", "v_flip"), ("h", "h_flip", "w2", "w2_flip")
     args = {
         "img_size": 32,
-        "patch_size": 8,
+        "patch_size": 4,
         "embed_dim": 128,
-        "depth": 5,
-        "paths": (cross, local, cross, local, cross),
+        "depth": 8,
+        "paths": (cross, local) * 4,
         "d_state": 4,
-        "rope_grid": 4,
+        "rope_grid": 8,
     }
     return _create_local_vim("local_vim_nano", pretrained, **{**args, **kwargs})
 

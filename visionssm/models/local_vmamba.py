@@ -173,10 +173,10 @@ def local_vmamba_nano(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
     """About a million parameters for images from 32 px: stride 2, four stages, N = 1."""
     args = {
         "patch_size": 2,
-        "depths": (1, 1, 3, 1),
-        "embed_dim": (32, 64, 128, 192),
+        "depths": (2, 4, 2, 1),
+        "embed_dim": (64, 96, 128, 128),
         "d_state": 1,
-        "paths": (("h", "h_flip", "w2", "w2_flip"), ("h", "v_flip", "w2", "w7")) + (("h", "h_flip", "v", "v_flip"),) * 4,
+        "paths": (("h", "h_flip", "w2", "w2_flip"), ("h", "v_flip", "w2", "w7")) * 2 + (("h", "h_flip", "v", "v_flip"),) * 5,
     }
     return _create_local_vmamba("local_vmamba_nano", pretrained, **{**args, **kwargs})
 

@@ -462,7 +462,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vision
 @register_model
 def vim_nano(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
     """About a million parameters for images from 32 px: patches of 4 pixels, N = 4."""
-    args = {"img_size": 32, "patch_size": 4, "embed_dim": 160, "depth": 5, "d_state": 4}
+    args = {"img_size": 32, "patch_size": 4, "embed_dim": 160, "depth": 6, "d_state": 4}
     return _create_vim("vim_nano", pretrained, **{**args, **kwargs})
 
 

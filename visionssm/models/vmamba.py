@@ -461,7 +461,7 @@ _VANILLA = {
 @register_model
 def vmamba_nano(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """About a million parameters for images from 32 px: stride 2, four stages."""
-    args = {"patch_size": 2, "depths": (2, 5, 2, 1), "embed_dim": (32, 64, 128, 160)}
+    args = {"patch_size": 2, "depths": (2, 4, 2, 1), "embed_dim": (64, 96, 128, 128)}
     return _create_vmamba("vmamba_nano", pretrained, **{**args, **kwargs})
 
 

@@ -87,7 +87,7 @@ def _download(row: Checkpoint, cache_dir: str | Path | None = None, progress: bo
     """From the first of a file's addresses that serves it."""
     known: dict[str, Any] = {"sha256": row.sha256, "progress": progress, "cache_dir": cache_dir}
     try:
-        return fetch(row.url, **known)
+        return fetch(row.shipped_file or row.url, **known)
     except UnreachableError:
         for url in row.other_urls:
             with contextlib.suppress(UnreachableError):

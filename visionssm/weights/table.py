@@ -4,7 +4,7 @@ The table is data: where each file lies, what its authors report of it, under wh
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cache
 from importlib.resources import files
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from visionssm.errors import UserError, did_you_mean, shortened
+
+SHIPPED = Path(__file__).parent / "files"  # our own weights, a few MB
+_PACKAGE = "package://"
 
 STATUSES = ("available", "mislinked", "unreleased", "unsupported")
 
@@ -36,7 +39,8 @@ class Checkpoint:
         model: our model's name; None where no model of ours has its layout.
         tag: names the file among those of the model, as in timm's `model.tag`.
         task: "classification", "detection" or "segmentation".
-        url: https://..., or hf://owner/repository[@revision]/file; None where there is no file.
+        url: https://..., hf://owner/repository[@revision]/file, or package://file for one in this package's weights/files/; None
+            where there is no file.
         status: "available", or why it is not: one of `STATUSES`.
         other_urls: older addresses of the same file name.
         size_mb: its size in MB of 10^6 bytes, rounded, as a listing states it; None where unknown.
@@ -47,6 +51,9 @@ class Checkpoint:
         log: address of the training log.
         log_tta: address of the log of the test with augmentation.
         notes: what one should know before use, in sentences.
+        classes: names of a classifier's classes, in the order of the labels, where they are not ImageNet's.
+        license: the file's own, where it is not the family's.
+        license_note: likewise.
     """
 
     family: str
@@ -64,6 +71,9 @@ class Checkpoint:
     log: str | None = None
     log_tta: str | None = None
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    license: str | None = None
+    license_note: str | None = None
 
     @property
     def name(self) -> str:
@@ -79,9 +89,17 @@ class Checkpoint:
         return f"{owner}/{repository}", file
 
     @property
+    def shipped_file(self) -> Path | None:
+        """The file in this package; None where it lies elsewhere."""
+        if self.url is None or not self.url.startswith(_PACKAGE):
+            return None
+        return SHIPPED / self.url.removeprefix(_PACKAGE)
+
+    @property
     def origin(self) -> Family:
-        """The family's facts."""
-        return families()[self.family]
+        """The family's facts, with the file's own licence."""
+        own = {"license": self.license, "license_note": self.license_note}
+        return replace(families()[self.family], **{key: value for key, value in own.items() if value})
 
 
 @cache
@@ -92,7 +110,7 @@ def families() -> dict[str, Family]:
 
 @cache
 def _checkpoints() -> tuple[Checkpoint, ...]:
-    lists = ("other_urls", "notes")
+    lists = ("other_urls", "notes", "classes")
     return tuple(
         Checkpoint(**{key: tuple(value) if key in lists else value for key, value in row.items()})
         for row in _table()["checkpoints"]
@@ -161,8 +179,10 @@ def published_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     return result
 
 
-def _timm_source(row: Checkpoint) -> dict[str, str]:
-    """Where timm's config says that the file lies."""
+def _timm_source(row: Checkpoint) -> dict[str, Any]:
+    """Where timm's config says that the file lies, and what it classifies."""
+    if row.shipped_file:
+        return {"file": str(row.shipped_file), "num_classes": len(row.classes), "label_names": list(row.classes)}
     if row.hub_file is None:
         return {"url": row.url}
     repository, file = row.hub_file

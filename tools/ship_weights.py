@@ -1,0 +1,88 @@
+"""Put our own weights into the package: `python tools/ship_weights.py FOLDER`, the folder that tools/benchmark_cifar10.py wrote.
+
+Copies `<model>.cifar10.safetensors` to visionssm/weights/files/ and the table to benchmarks/, enters each file in
+visionssm/weights/checkpoints.json with its hash and its measured accuracy, and writes the model cards. Run again with other
+files, it replaces what it has written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "visionssm" / "weights" / "checkpoints.json"
+FILES = ROOT / "visionssm" / "weights" / "files"
+TAG = "cifar10"
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # sorted, as folders are
+LICENSE = "The weights are ours, under the package's licence; the images they were trained on are for research."
+
+
+def entry(file: Path, measured: dict[str, str]) -> dict[str, Any]:
+    """A row of the table of checkpoints."""
+    from safetensors import safe_open
+
+    from visionssm.weights import sha256_of
+
+    with safe_open(file, "pt") as content:
+        half = {content.get_slice(name).get_dtype() for name in content.keys()} <= {"F16", "I64"}  # noqa: SIM118  no mapping
+    model = measured["model"]
+    return {
+        "family": "local_mamba" if model.startswith("local") else model.split("_")[0],
+        "model": model,
+        "tag": TAG,
+        "task": "classification",
+        "url": f"package://{file.name}",
+        "size_mb": round(file.stat().st_size / 1e6, 1),
+        "sha256": sha256_of(file),
+        "reported": {"input": 32, "top1": round(float(measured["accuracy_float16" if half else "accuracy"]), 2)},
+        "config": f"configs/classification/{measured['config']}.py",
+        "notes": [
+            f"Trained on CIFAR-10 for {measured['epochs']} epochs; the moving average of the weights after the last one"
+            f"{', rounded to float16' if half else ''}."
+        ],
+        "classes": CLASSES,
+        "license": "apache-2.0",
+        "license_note": LICENSE,
+    }
+
+
+def main() -> None:
+    """Copy, enter, write the cards."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().folder
+    tables = list(folder.glob("cifar10_*.csv"))
+    if len(tables) != 1:
+        sys.exit(f"FOLDER: {folder} holds {len(tables)} files cifar10_*.csv, expected one")
+    with tables[0].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    FILES.mkdir(exist_ok=True)
+    entries = []
+    for measured in rows:
+        source = folder / f"{measured['model']}.{TAG}.safetensors"
+        if not source.exists() or any(row["model"] == measured["model"] for row in entries):  # a peer, or another seed
+            continue
+        if measured["status"] != "finished":
+            sys.exit(f"{tables[0]}: the run of {measured['model']} has the status {measured['status']!r}, expected 'finished'")
+        target = FILES / source.name
+        shutil.copyfile(source, target)
+        entries.append(entry(target, measured))
+    if not entries:
+        sys.exit(f"FOLDER: {folder} holds no weights of a model in {tables[0].name}")
+    shutil.copyfile(tables[0], ROOT / "benchmarks" / tables[0].name)
+    content = json.loads(TABLE.read_text())
+    replaced = {(row["model"], row["tag"]) for row in entries}
+    content["checkpoints"] = [row for row in content["checkpoints"] if (row["model"], row["tag"]) not in replaced] + entries
+    TABLE.write_text(json.dumps(content, indent=1) + "\n")
+    subprocess.run([sys.executable, str(ROOT / "tools" / "make_model_cards.py")], check=True)
+
+
+if __name__ == "__main__":
+    main()
