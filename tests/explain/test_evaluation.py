@@ -175,6 +175,13 @@ def test_gradient_baselines():
     assert_close(explain.gradients(squared, images, 2, "integrated_gradients"), expected.sum(1))
 
 
+def test_integrated_gradients_of_many_images():
+    pytest.importorskip("captum")
+    images, model = torch.randn(70, 1, 1, 6), Squared(torch.randn(3, 6))
+    together = explain.gradients(model, images, 1, "integrated_gradients")  # captum's warning would be an error
+    assert_close(together[:3], explain.gradients(model, images[:3], 1, "integrated_gradients"))
+
+
 def test_gradients_refuse(monkeypatch):
     model, images = build("vim", torch.float32)
     with pytest.raises(UserError, match="method: got 'lime', expected one of gradient, gradient_x_input"):

@@ -184,8 +184,11 @@ class Attention:
         if v.shape != (self.batch, self.layout.tokens, self.channels):
             expected = (self.batch, self.layout.tokens, self.channels)
             raise UserError(f"v: got {tuple(v.shape)}, expected (batch, L, E) = {expected}")
-        with recomputation(self._operands.A):
-            return self._linear(v.to(self._operands.A.dtype), 1)
+        operands, v = self._operands, v.to(self._operands.A.dtype)
+        with recomputation(operands.A):
+            if self._include == "mixer":
+                return sum(self.direction(k)._apply_mixer(v) for k in range(len(self.paths)))
+            return operands.scan(operands.read(v), skip=self._include == "ssm+skip", merge=True)
 
     def magnitude(self) -> Attention:
         """The matrix with |B|, |C| and |D|: the magnitudes of the elements, per path and channel, where the scan has one state.
@@ -233,15 +236,11 @@ class Attention:
             raise UserError(f"direction: {which!r} {what}: {', '.join(known)}{did_you_mean(str(which), known)}")
         return names.index(which)
 
-    def _linear(self, v: Tensor, count: int) -> Tensor:
-        """The map from `(batch * count, L, E)` to the same; `count` vectors for every sample."""
-        operands = self._operands.repeat(count)
-        if self._include != "mixer":
-            return operands.scan(operands.read(v), skip=self._include == "ssm+skip", merge=True)
-        factors = self._factors().repeat(count)
-        one_for_all = factors.left.shape[1] == 1
-        y = operands.scan(factors.right * factors.convolve(v), skip=True, merge=one_for_all)
-        return factors.left.squeeze(1) * y if one_for_all else (factors.left * y).sum(1)
+    def _apply_mixer(self, v: Tensor) -> Tensor:
+        """The map of the only path of a whole mixer, `(batch, L, E)` to the same."""
+        factors = self._factors()
+        (convolve,) = factors.convolutions
+        return factors.left.squeeze(1) * self._operands.scan(factors.right * convolve(v), skip=True, merge=True)
 
     def _blocks(self, rows: Tensor | range, channels: Channels, block: int | None) -> Iterator[Tensor]:
         """Weights of rows, (rows, L), or the rows of these tokens, times the matrix, a few rows at a time."""
@@ -272,10 +271,11 @@ class Attention:
         if self._include != "mixer":
             return operands.put_back(operands.scan_transposed(cotangent, skip=self._include == "ssm+skip"))
         factors = self._factors().repeat(count)
+        (convolve,) = factors.convolutions
         steps = operands.scan_transposed(factors.left.squeeze(1) * cotangent, skip=True)
         with torch.enable_grad():
             u = torch.zeros_like(cotangent, memory_format=torch.contiguous_format).requires_grad_()
-            convolved = factors.convolve(u)
+            convolved = convolve(u)
             (grad,) = torch.autograd.grad(convolved, u, factors.right * steps.reshape(convolved.shape))
         return grad
 

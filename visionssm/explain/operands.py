@@ -64,10 +64,6 @@ class ScanOperands:
             dt_bias=None if self.dt_bias is None else self.dt_bias[one],
         )
 
-    def repeat(self, count: int) -> ScanOperands:
-        """Every sample `count` times."""
-        return self if count == 1 else replace(self, x_dbl=self.x_dbl.repeat_interleave(count, 0))
-
     def absolute(self) -> ScanOperands:
         """|B|, |C| and |D|: no element of this alpha is smaller than the magnitude of the same element of the true one."""
         dt, B, C = self._split()
@@ -179,23 +175,21 @@ class MixerFactors:
     Args:
         right: `sigmoid(c)` in the layout of the scan, c the output of the convolution: SiLU as a factor.
         left: the factor of the scans' outputs, `(batch, K or 1, P, E)`: gate, weights of the directions, scale of a norm.
-        convolve: positions `(batch, P, E)` -> c without its bias.
+        convolutions: positions `(batch, P, E)` -> c without its bias, in the layout of the scan; one for each path or one for all.
     """
 
     right: Tensor
     left: Tensor
-    convolve: Callable[[Tensor], Tensor]
+    convolutions: tuple[Callable[[Tensor], Tensor], ...]
 
     def direction(self, k: int, operands: ScanOperands) -> MixerFactors:
         """Path `k` alone, whose operands are given."""
-        left = self.left if self.left.shape[1] == 1 else self.left[:, k : k + 1]
-        if not operands.in_path_order and self.right.dim() == 4:  # one map for all paths
+        one = slice(k, k + 1)
+        left = self.left if self.left.shape[1] == 1 else self.left[:, one]
+        if len(self.convolutions) == 1:
             return replace(self, left=left)
-
-        def cut(m: Tensor) -> Tensor:
-            return m[:, k : k + 1, : operands.paths.length] if operands.in_path_order else m[:, k : k + 1]
-
-        return MixerFactors(cut(self.right), left, lambda u: cut(self.convolve(u)))
+        right = self.right[:, one, : operands.paths.length] if operands.in_path_order else self.right[:, one]
+        return MixerFactors(right, left, self.convolutions[one])
 
     def repeat(self, count: int) -> MixerFactors:
         """Every sample `count` times."""
@@ -243,15 +237,19 @@ def mixer_factors(mixer: nn.Module, operands: ScanOperands, *inputs: object) -> 
 @mixer_factors.register
 def _(mixer: VimMixer, operands: ScanOperands, x: Tensor) -> MixerFactors:
     u, z = mixer.branches(x)
-    left = 0.5 * F.silu(z)
-    return _factors(operands, mixer.convolve, u, left.unsqueeze(1))
+    forward, backward = mixer.conv1d_weight.detach().to(operands.A.dtype)
+    convolutions = (
+        lambda v: _causal_convolution(v, forward)[:, None, None],
+        lambda v: _causal_convolution(v.flip(1), backward).flip(1)[:, None, None],
+    )
+    return _factors(operands, mixer.convolve(u), 0.5 * F.silu(z).unsqueeze(1), convolutions)
 
 
 @mixer_factors.register
 def _(mixer: SS2D, operands: ScanOperands, x: Tensor) -> MixerFactors:
     u, z = mixer.branches(x)
-    y = operands.scan(F.silu(mixer.convolve(u)).to(operands.A.dtype), skip=True, merge=mixer.scan_attn is None)
-    left = None
+    c = mixer.convolve(u)
+    y = operands.scan(F.silu(c).to(operands.A.dtype), skip=True, merge=mixer.scan_attn is None)
     if mixer.scan_attn is None:
         left = y.new_ones(())
     else:
@@ -260,16 +258,26 @@ def _(mixer: SS2D, operands: ScanOperands, x: Tensor) -> MixerFactors:
     scale = mixer.out_norm.weight * (y.var(-1, unbiased=False, keepdim=True) + mixer.out_norm.eps).rsqrt()
     if z is not None:
         scale = scale * F.silu(z.flatten(1, 2))
-    return _factors(operands, mixer.convolve, u.flatten(1, 2), left * scale.unsqueeze(1), u.shape[1:3])
+    weight = mixer.conv2d.weight.detach().to(operands.A.dtype)
+
+    def convolve(v: Tensor) -> Tensor:
+        v = v.unflatten(1, operands.paths.size).permute(0, 3, 1, 2)
+        return F.conv2d(v, weight, padding="same", groups=len(weight)).permute(0, 2, 3, 1)
+
+    return _factors(operands, c, left * scale.unsqueeze(1), (convolve,))
 
 
 @mixer_factors.register
 def _(mixer: LocalVimMixer, operands: ScanOperands, x: Tensor, size: tuple[int, int]) -> MixerFactors:
     u, z = mixer.branches(x)
-    v = F.silu(mixer.convolve(u, operands.paths)).to(operands.A.dtype)
+    c = mixer.convolve(u, operands.paths)
     gate = F.silu(z).unsqueeze(1)
-    left = gate * _weights(mixer.attn, operands.scan(v, skip=True, merge=False) * gate)
-    return _factors(operands, functools.partial(mixer.convolve, paths=operands.paths), u, left)
+    y = operands.scan(F.silu(c).to(operands.A.dtype), skip=True, merge=False)
+    convolutions = tuple(
+        functools.partial(_convolution_along, operands.direction(k).paths, weight)
+        for k, weight in enumerate(mixer.conv1d_weight.detach().to(operands.A.dtype))
+    )
+    return _factors(operands, c, gate * _weights(mixer.attn, y * gate), convolutions)
 
 
 def _weights(attn: nn.Module, y: Tensor) -> Tensor:
@@ -277,15 +285,15 @@ def _weights(attn: nn.Module, y: Tensor) -> Tensor:
     return attn.weights(y.to(attn.global_reduce.weight.dtype)).to(y.dtype)
 
 
-def _factors(
-    operands: ScanOperands, convolve: Callable[[Tensor], Tensor], u: Tensor, left: Tensor, size: tuple[int, int] | None = None
-) -> MixerFactors:
-    """`u` and the argument of the result's `convolve` are flat, `(batch, P, E)`; `size` is that of a map."""
-    dtype = operands.A.dtype
+def _factors(operands: ScanOperands, c: Tensor, left: Tensor, convolutions: tuple[Callable[[Tensor], Tensor], ...]) -> MixerFactors:
+    return MixerFactors(c.sigmoid().to(operands.A.dtype), left.to(operands.A.dtype), convolutions)
 
-    def convolved(u: Tensor) -> Tensor:
-        return convolve(u if size is None else u.unflatten(1, size))
 
-    bias = convolved(torch.zeros_like(u[:1]))
-    right = convolved(u).sigmoid().to(dtype)
-    return MixerFactors(right, left.to(dtype), lambda m: (convolved(m.to(u.dtype)) - bias).to(dtype))
+def _convolution_along(path: ScanPaths, weight: Tensor, v: Tensor) -> Tensor:
+    """`_causal_convolution` along one path of positions `(batch, P, E)` -> `(batch, 1, L', E)`."""
+    return _causal_convolution(cross_scan(v, path).squeeze(1), weight).unsqueeze(1)
+
+
+def _causal_convolution(v: Tensor, weight: Tensor) -> Tensor:
+    """Of sequences `(batch, L, E)`, depthwise, without bias; `weight` `(E, taps)` multiplies the current step by its last tap."""
+    return F.conv1d(F.pad(v.mT, (weight.shape[-1] - 1, 0)), weight.unsqueeze(1), groups=len(weight)).mT
