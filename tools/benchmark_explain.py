@@ -40,6 +40,7 @@ FIELDS = (
     "device", "torch", "model", "size", "tokens", "include", "forward_ms", "rollout_ms", "time_ratio", "forward_mib", "rollout_mib",
     "memory_ratio",
 )  # fmt: skip
+GOAL = 3.0  # times a forward
 MIB = 1 << 20
 
 
@@ -179,7 +180,8 @@ def table(rows: list[dict[str, str]]) -> list[str]:
         cells += [_rounded(row[field]) for field in ("forward_ms", "rollout_ms")]
         cells += [f"{float(row['time_ratio']):.2f}", *(_rounded(row[field]) for field in ("forward_mib", "rollout_mib"))]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    slow = [f"{row['model']} at {row['size']}, {row['include']}" for row in rows if float(row["time_ratio"]) > GOAL]
+    return [*lines, "", f"The goal is missed by: {'; '.join(slow)}." if slow else "The goal holds in every row."]
 
 
 def _rounded(number: str) -> str:

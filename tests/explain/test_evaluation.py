@@ -118,6 +118,16 @@ def test_ties_in_a_perturbation():
     assert again == flat
 
 
+def test_half_precision_maps():
+    """More pixels than bfloat16 can count."""
+    images, masks = torch.ones(1, 3, 40, 40), torch.zeros(1, 40, 40, dtype=torch.bool)
+    masks[:, :30] = True
+    maps = torch.rand(1, 40, 40).bfloat16()
+    half, single = (explain.segmentation_scores(Brightness(), [(images, masks)], lambda *_, m=m: m) for m in (maps, maps.float()))
+    assert half == single
+    assert 0.7 < half.mean_ap < 0.8
+
+
 def test_scales():
     maps = torch.tensor([[[1.0, 3.0]], [[2.0, 2.0]]])
     assert_close(scaled(maps), torch.tensor([[[0.0, 1.0]], [[0.0, 0.0]]]))
@@ -145,6 +155,10 @@ def test_bad_evaluations():
         (lambda: explain.perturbation_auc(Brightness(), LOADER, left_first, mode="up"), "mode: got 'up', expected positive or"),
         (lambda: explain.perturbation_auc(Brightness(), LOADER, left_first, explained="all"), "explained: got 'all'"),
         (lambda: explain.perturbation_auc(Brightness(), [], left_first), "loader: gave no images"),
+        (
+            lambda: explain.perturbation_auc(Brightness(), [(LOADER[0][0], LOADER[0][1][:, None])], left_first),
+            r"loader: expected labels \(2,\), one for each image, got \(2, 1\)",
+        ),
         (lambda: explain.segmentation_scores(Brightness(), [], left_first), "loader: gave no images"),
         (lambda: explain.segmentation_scores(Brightness(), LOADER, left_first), r"loader: expected masks \(2, 1, 10\) of bool"),
         (

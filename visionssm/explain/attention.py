@@ -258,21 +258,35 @@ class Attention:
         batch, count, tokens = weights.shape
         cotangent = weights.reshape(batch * count, tokens, 1).expand(-1, -1, self.channels)
         total = None
-        for k in range(len(self.paths)):  # one after the other, for a path's steps are as large as a map
+        for paths in self._groups(cotangent.numel()):
             with recomputation(self._operands.A):
-                part = self.direction(k)._pull_path(cotangent)
-            part = part.mean(-1) if channels is None else part.index_select(-1, channels).mT
+                part = self._pull_paths(paths, cotangent, channels)
             total = part if total is None else total + part
+        total = total.squeeze(-1) if channels is None else total.mT
         return total.unflatten(0, (batch, count))
 
-    def _pull_path(self, cotangent: Tensor) -> Tensor:
-        """The transposed map of the only path, `(batch * count, L, E)` to the same."""
-        operands, count = self._operands, cotangent.shape[0] // self.batch
-        if self._include != "mixer":
-            return operands.put_back(operands.scan_transposed(cotangent, skip=self._include == "ssm+skip"))
-        factors = self._factors().repeat(count)
+    def _groups(self, elements: int) -> Iterator[slice]:
+        """The paths that are pulled at once, for each path's steps are as large as a map of so many `elements`."""
+        at_once = 1 if self._include == "mixer" else max(1, _BLOCK_ELEMENTS // elements)
+        for first in range(0, len(self.paths), at_once):
+            yield slice(first, first + at_once)
+
+    def _pull_paths(self, paths: slice, cotangent: Tensor, channels: Tensor | None) -> Tensor:
+        """The transposed map of some of the paths: `(batch * count, L, E)` -> `(batch * count, L, channels or 1, their mean)`."""
+
+        def chosen(maps: Tensor) -> Tensor:
+            return maps.mean(-1, keepdim=True) if channels is None else maps.index_select(-1, channels)
+
+        if self._include == "mixer":
+            return chosen(self.direction(paths.start)._pull_mixer(cotangent))
+        operands = self._operands.some(paths)
+        return operands.put_back(chosen(operands.scan_transposed(cotangent, skip=self._include == "ssm+skip")))
+
+    def _pull_mixer(self, cotangent: Tensor) -> Tensor:
+        """The transposed map of the only path of a whole mixer, `(batch * count, L, E)` to the same."""
+        factors = self._factors().repeat(cotangent.shape[0] // self.batch)
         (convolve,) = factors.convolutions
-        steps = operands.scan_transposed(factors.left.squeeze(1) * cotangent, skip=True)
+        steps = self._operands.scan_transposed(factors.left.squeeze(1) * cotangent, skip=True)
         with torch.enable_grad():
             u = torch.zeros_like(cotangent, memory_format=torch.contiguous_format).requires_grad_()
             convolved = convolve(u)

@@ -77,7 +77,7 @@ def perturbation_auc(
         The accuracy against the labels at 10 %, 20 %, ..., 90 %, and the area under it, divided by its width.
 
     Raises:
-        UserError: an unknown method, mode or class to explain, no images.
+        UserError: an unknown method, mode or class to explain, no images, not one label for each.
     """
     for name, value, known in (("mode", mode, ("positive", "negative")), ("explained", explained, ("predicted", "label"))):
         if value not in known:
@@ -87,6 +87,8 @@ def perturbation_auc(
     generator = torch.Generator().manual_seed(0)
     correct, total = torch.zeros(len(FRACTIONS), device=device), 0
     for images, labels in loader:
+        if labels.shape != images.shape[:1]:
+            raise UserError(f"loader: expected labels ({len(images)},), one for each image, got {tuple(labels.shape)}")
         images, labels = images.to(device), labels.to(device)
         relevance = _maps(compute(model, images, labels if explained == "label" else None), images).flatten(1)
         order = _order(relevance, mode == "positive", generator)
@@ -146,7 +148,7 @@ def segmentation_scores(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]
 
 
 def _maps(maps: Tensor, images: Tensor) -> Tensor:
-    """A method's maps on the pixels of the images.
+    """A method's maps on the pixels of the images, at least float32, in which ranks and sums are exact.
 
     Raises:
         UserError: not one map `(h, w)` for every image, or one that is not finite.
@@ -155,7 +157,7 @@ def _maps(maps: Tensor, images: Tensor) -> Tensor:
         raise UserError(f"method: gave maps {tuple(maps.shape)}, expected ({len(images)}, h, w)")
     if not maps.isfinite().all():
         raise UserError("method: gave a map that is not finite")
-    return to_size(maps, images.shape[-2:])
+    return to_size(maps.to(torch.promote_types(maps.dtype, torch.float32)), images.shape[-2:])
 
 
 def average_precision(scores: Tensor, positive: Tensor) -> Tensor:

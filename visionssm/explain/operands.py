@@ -52,16 +52,19 @@ class ScanOperands:
 
     def direction(self, k: int) -> ScanOperands:
         """Path `k` alone."""
-        paths = replace(self.paths, names=self.paths.names[k : k + 1])
-        one = slice(k, k + 1)
+        return self.some(slice(k, k + 1))
+
+    def some(self, which: slice) -> ScanOperands:
+        """Some of the paths."""
+        paths = replace(self.paths, names=self.paths.names[which])
         return replace(
             self,
-            x_dbl=self.x_dbl[:, one, : paths.length] if self.in_path_order else self.x_dbl[:, :, :, one],
-            A=self.A[one],
-            D=self.D[one],
+            x_dbl=self.x_dbl[:, which, : paths.length] if self.in_path_order else self.x_dbl[:, :, :, which],
+            A=self.A[which],
+            D=self.D[which],
             paths=paths,
-            dt_weight=None if self.dt_weight is None else self.dt_weight[one],
-            dt_bias=None if self.dt_bias is None else self.dt_bias[one],
+            dt_weight=None if self.dt_weight is None else self.dt_weight[which],
+            dt_bias=None if self.dt_bias is None else self.dt_bias[which],
         )
 
     def absolute(self) -> ScanOperands:
@@ -102,7 +105,7 @@ class ScanOperands:
         return y.flatten(-3, -2)
 
     def scan_transposed(self, cotangent: Tensor, skip: bool) -> Tensor:
-        """alpha^T r, or (alpha + D)^T r, of the only path.
+        """alpha^T r, or (alpha + D)^T r, of every path.
 
         alpha[i, j] = dt_j B_j g_j with g_i = C_i r_i and g_j = C_j r_j + exp(dt_{j+1} A) g_{j+1}: again a scan, along the path in
         reverse, of r with B and C exchanged, whose steps are those of the position just passed. The operator multiplies its
@@ -113,30 +116,30 @@ class ScanOperands:
             skip: add D r.
 
         Returns:
-            In the layout that `scan` takes per path: `(batch * count, 1, H, W, E)`, or `(batch * count, 1, L', E)`.
+            In the layout that `scan` takes per path: `(batch * count, K, H, W, E)`, or `(batch * count, K, L', E)`.
         """
         dt, B, C = self._split()
         delta = self._steps(dt)
+        x_dbl = torch.cat([self._steps_ahead(delta).clamp_min_(_SMALLEST_STEP), C, B], dim=-1)
         count = cotangent.shape[0] // delta.shape[0]
-        ahead = self._steps_ahead(delta).clamp_min_(_SMALLEST_STEP)
-        x_dbl, delta, ahead = (m.repeat_interleave(count, 0) for m in (torch.cat([ahead, C, B], dim=-1), delta, ahead))
-        name = self.paths.names[0]
-        reverse = (name.removesuffix("_flip") if name.endswith("_flip") else f"{name}_flip",)
-        r = self.read(cotangent)
+        if count > 1:
+            x_dbl, delta = x_dbl.repeat_interleave(count, 0), delta.repeat_interleave(count, 0)
+        reverse = tuple(name.removesuffix("_flip") if name.endswith("_flip") else f"{name}_flip" for name in self.paths.names)
+        n, r = self.A.shape[-1], self.read(cotangent)
+        ahead = x_dbl[..., : delta.shape[-1]]
         if self.in_path_order:
-            n = self.A.shape[-1]
             operands = (m.flip(2) for m in (r / ahead, *x_dbl.split([ahead.shape[-1], n, n], dim=-1)))
             u, step, B, C = operands
             y = cross_selective_scan(u, step, self.A, B, C, paths=reverse, dt_softplus=False, order="scan").flip(2)
         else:
-            y = cross_selective_scan_packed(r / ahead.squeeze(3), x_dbl, self.A, paths=reverse, dt_softplus=False)
-            delta = delta.squeeze(3)
-        y = delta * y + self.D * r if skip else delta * y
-        return y if self.in_path_order else y.unsqueeze(1)
+            ahead, delta, r = ahead.movedim(3, 1), delta.movedim(3, 1), r.unsqueeze(1)
+            y = cross_selective_scan_packed(r / ahead, x_dbl, self.A, paths=reverse, dt_softplus=False, merge=False)
+        y = delta * y
+        return y + self.D.view(len(reverse), *(1,) * (y.dim() - 3), -1) * r if skip else y
 
     def put_back(self, v: Tensor) -> Tensor:
-        """The adjoint of `read` for one path: what `scan_transposed` returns -> positions `(batch, P, E)`."""
-        return cross_merge(v, self.paths).flatten(1, -2) if self.in_path_order else v.flatten(1, -2)
+        """The adjoint of `read`: what `scan_transposed` returns, of any channels -> positions `(batch, P, .)`, the paths summed."""
+        return cross_merge(v, self.paths).flatten(1, -2) if self.in_path_order else v.sum(1).flatten(1, 2)
 
     def _split(self) -> tuple[Tensor, Tensor, Tensor]:
         n = self.A.shape[-1]
@@ -151,21 +154,33 @@ class ScanOperands:
         return F.softplus(dt) if self.dt_softplus else dt
 
     def _steps_ahead(self, delta: Tensor) -> Tensor:
-        """The step that the only path takes from every position to its next, padded steps between them included; 1 at the end."""
+        """The step that every path takes from every position to its next, padded steps between them included; any at its end."""
         if self.in_path_order:
-            return torch.cat([delta[:, :, 1:], torch.ones_like(delta[:, :, :1])], dim=2)
-        table = self.paths.table[0]
+            return delta.roll(-1, 2)
+        following, padded = _following(self.paths, delta.device)
+        ahead = delta.flatten(1, 3).index_select(1, following).view(delta.shape)
+        if padded is None:
+            return ahead
+        rank = self.x_dbl.shape[-1] - 2 * self.A.shape[-1]
+        return ahead + padded * self._steps(self.x_dbl.new_zeros(1, 1, 1, len(self.paths), rank))
+
+
+@functools.lru_cache(maxsize=64)
+def _following(paths: ScanPaths, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Where every path goes from every position.
+
+    Returns:
+        The index of the next position among `(H * W * K)`, position 0 at the end of a path; and the number of padded steps
+        between them, `(H, W, K, 1)`, None where no path has any.
+    """
+    count = len(paths)
+    following, padded = np.tile(np.arange(count), (paths.positions, 1)), np.zeros((paths.positions, count), dtype=np.float32)
+    for k, table in enumerate(paths.table):
         at = np.flatnonzero(table >= 0)
-        following, padded = np.zeros(self.paths.positions, dtype=np.int64), np.zeros(self.paths.positions)
-        following[table[at[:-1]]], padded[table[at[:-1]]] = table[at[1:]], np.diff(at) - 1
-        flat = delta.flatten(1, 2)  # [B, P, 1, E]
-        ahead = flat.index_select(1, torch.from_numpy(following).to(flat.device))
-        if padded.any():
-            rank = self.x_dbl.shape[-1] - 2 * self.A.shape[-1]
-            of_padding = self._steps(self.x_dbl.new_zeros(1, 1, 1, 1, rank)).flatten(1, 2)
-            ahead = ahead + torch.from_numpy(padded).to(ahead)[:, None, None] * of_padding
-        ahead[:, int(table[at[-1]])] = 1.0
-        return ahead.unflatten(1, self.paths.size)
+        following[table[at[:-1]], k] = table[at[1:]] * count + k
+        padded[table[at[:-1]], k] = np.diff(at) - 1
+    between = torch.from_numpy(padded).to(device).view(*paths.size, count, 1) if padded.any() else None
+    return torch.from_numpy(following.reshape(-1)).to(device), between
 
 
 @dataclass(frozen=True)
