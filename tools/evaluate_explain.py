@@ -1,18 +1,18 @@
 """Compare explanation methods on trained classifiers: perturbation of test images, and agreement with object masks.
 
-    python tools/evaluate_explain.py CHECKPOINT... --images FOLDER --masks FOLDER [--count N] [--csv FILE]
-    python tools/evaluate_explain.py CHECKPOINT... --digits [--count N] [--csv FILE]
-    python tools/evaluate_explain.py --table
+    python tools/evaluate_explain.py MODEL... --images FOLDER --masks FOLDER [--count N] [--device cpu|cuda] [--out FOLDER]
+    python tools/evaluate_explain.py --document
 
-CHECKPOINT is what `visionssm explain` takes; its rows replace those of the same model and data in the CSV file. `--images` is a
-folder of class folders, of which the first N images, the same number of every class, are masked step by step. `--masks` is in
+MODEL is what `visionssm explain` takes: a name with published weights or a checkpoint. `--images` is a folder of class folders,
+whose sorted names are the classes; the first N images, the same number of every class, are masked step by step. `--masks` is in
 COCO's layout (annotations/instances_*.json and a folder per split): objects of the model's classes are cut out with a margin, made
-as small as the model's images, and their polygons are the masks. `--digits` takes both from scikit-learn's handwritten digits: the
-first N test images, and as masks their ink, half of full strength or more. `--table` prints the CSV as docs/explain.md shows it.
+as small as the model's images, and their polygons are the masks. Two files are written: the scores, and what they were measured
+on with the models' accuracies. `--document` fills their sections of docs/explain.md.
 """
 
 import argparse
 import csv
+import dataclasses
 import json
 import sys
 import time
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmark_ops import environment
+from document_sections import replace_sections
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -29,16 +31,22 @@ from visionssm import explain
 from visionssm.commands.classifier import Classifier, load_classifier
 from visionssm.errors import UserError
 
-CSV = Path(__file__).parents[1] / "benchmarks" / "explain_evaluation.csv"
-BATCH = 50
+ROOT = Path(__file__).parents[1]
+SCORES, MODELS = "explain_evaluation.csv", "explain_evaluation_models.csv"
+BATCH = 500  # images on a GPU
+BATCH_CPU = 50
 COCO_NAMES = {"automobile": "car", "ship": "boat"}  # where a class of ours has another name there
 SMALLEST = 32  # pixels of an object's box
 MARGIN = 0.25  # of the object's longer side, on either side
 COVERED = (0.05, 0.9)  # share of the cut-out that is object
 FIELDS = ("model", "data", "method", "positive_auc", "negative_auc", "pixel_accuracy", "mean_iou", "mean_ap", "seconds")
+MODEL_FIELDS = ("model", "weights", "data", "images", "images_right", "masks", "masks_right", "device", "torch")
+
+Batches = list[tuple[Tensor, Tensor]]
+Method = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 
 
-def methods(model: nn.Module) -> dict[str, Callable[[nn.Module, Tensor, Tensor | None], Tensor]]:
+def methods(model: nn.Module) -> dict[str, Method]:
     """What is compared, by the name in the table."""
     compared = {
         "raw": explain.METHODS["raw"],
@@ -66,45 +74,32 @@ def _taped(function: Callable[..., Tensor], model: nn.Module, images: Tensor, ta
 
 def _centre(model: nn.Module, images: Tensor, target: Tensor | None) -> Tensor:
     """Nothing of the image: the nearer to its centre, the more relevant."""
-    y, x = (torch.linspace(-1, 1, side) for side in images.shape[-2:])
+    y, x = (torch.linspace(-1, 1, side, device=images.device) for side in images.shape[-2:])
     return -(y[:, None].square() + x.square()).expand(len(images), -1, -1)
 
 
-Batches = list[tuple[Tensor, Tensor]]
-Cuts = list[tuple[Tensor, Tensor, int]]
+def class_names(classifier: Classifier, folder: Path) -> list[str]:
+    """The names of the class folders, sorted: the order in which training on image folders numbers them."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    classes = classifier.model.num_classes
+    if len(names) != classes:
+        raise UserError(f"--images: {folder} holds {len(names)} class folders, the model has {classes} classes")
+    return names
 
 
-def digits(classifier: Classifier, count: int) -> tuple[Batches, Cuts]:
-    """Handwritten digits: batches of images and labels; images, their ink and labels."""
-    from visionssm.engine.data import Digits  # needs the extra [train]
-
-    dataset = Digits("test", classifier.data_config["input_size"][1:])
-    dataset.transform = classifier.transform
-    side = classifier.data_config["input_size"][1]
-    cut = []
-    for image, item in zip(dataset.images[:count], dataset, strict=False):
-        grey = image.convert("L").resize((side, side), Image.Resampling.BICUBIC)
-        cut.append((item["image"], torch.from_numpy(np.asarray(grey) > 127), item["label"]))
-    images, labels = torch.stack([c[0] for c in cut]), torch.tensor([c[2] for c in cut])
-    return list(zip(images.split(BATCH), labels.split(BATCH), strict=True)), cut
-
-
-def test_images(classifier: Classifier, folder: Path, count: int) -> Batches:
-    """Batches of images and labels, the same number of every class."""
-    names = [classifier.name_of(i) for i in range(classifier.model.num_classes)]
+def test_images(classifier: Classifier, folder: Path, names: list[str], count: int) -> tuple[Tensor, Tensor]:
+    """Images and labels, the same number of every class."""
     pairs = []
     for label, name in enumerate(names):
         files = sorted((folder / name).glob("*"))[: count // len(names)]
-        if len(files) < count // len(names):
-            raise UserError(f"--images: {folder / name}: {len(files)} images, expected {count // len(names)}")
+        if not files or len(files) < count // len(names):
+            raise UserError(f"--images: {folder / name}: {len(files)} images, expected {max(1, count // len(names))}")
         pairs += [(classifier.transform(Image.open(file).convert("RGB")), label) for file in files]
-    images, labels = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-    return list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
+    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
-def objects(classifier: Classifier, folder: Path) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Cut-outs of objects of the classifier's classes: image, mask (H, W), label."""
-    names = [classifier.name_of(i) for i in range(classifier.model.num_classes)]
+def objects(classifier: Classifier, folder: Path, names: list[str]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Cut-outs of objects of the classes `names`: image, mask (H, W), label."""
     labels = {COCO_NAMES.get(name, name): label for label, name in enumerate(names)}
     side = classifier.data_config["input_size"][1]
     for listing in sorted(folder.glob("annotations/instances_*.json")):
@@ -135,30 +130,61 @@ def _square(box: list[float], size: tuple[int, int]) -> tuple[int, int, int, int
     return left, top, left + side, top + side
 
 
-def evaluate(source: str, arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """One row for every method; what it was measured on goes to stdout."""
-    classifier = load_classifier(source)
+def evaluate(source: str, arguments: argparse.Namespace) -> tuple[dict[str, object], list[dict[str, object]]]:
+    """What a model was evaluated on and its accuracies; the scores of every method."""
+    classifier = load_classifier(source, arguments.device)
     model, name = classifier.model, classifier.model.pretrained_cfg["architecture"]
-    if arguments.digits:
-        data, (loader, cut) = "digits", digits(classifier, arguments.count)
-    else:
-        data, loader = arguments.images.parent.name, test_images(classifier, arguments.images, arguments.count)
-        cut = list(objects(classifier, arguments.masks))
-    pictures, shapes, labels = (torch.stack([torch.as_tensor(c[i]) for c in cut]) for i in range(3))
-    with torch.no_grad():
-        right = sum((model(x.to(classifier.device)).argmax(1).cpu() == y).sum().item() for x, y in loader)
-        right_cut = (model(pictures.to(classifier.device)).argmax(1).cpu() == labels).sum().item()
-    total = sum(len(y) for _, y in loader)
-    print(f"{classifier.description}\n{right} of {total} test images right; {right_cut} of {len(cut)} masked ones", flush=True)
+    batch = BATCH if classifier.device == "cuda" else BATCH_CPU
+    names, data = class_names(classifier, arguments.images), arguments.images.parent.name
+
+    def batches(*tensors: Tensor) -> Batches:
+        return list(zip(*(m.to(classifier.device).split(batch) for m in tensors), strict=True))
+
+    images, labels = test_images(classifier, arguments.images, names, arguments.count)
+    pictures, masks, categories = zip(*objects(classifier, arguments.masks, names), strict=True)
+    pictures, masks = torch.stack(pictures), torch.stack(masks)
+    loader, masked = batches(images, labels), batches(pictures, masks)
+    machine = environment(classifier.device)
+    measured_on = {
+        "model": name,
+        "weights": Path(classifier.source).name,
+        "data": data,
+        "images": len(images),
+        "images_right": right(model, loader),
+        "masks": len(masks),
+        "masks_right": right(model, batches(pictures, torch.tensor(categories))),
+        "device": machine["device"],
+        "torch": machine["torch"],
+    }
+    print(*measured_on.values(), flush=True)
+    rows = []
     for method, compute in methods(model).items():
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        areas = [explain.perturbation_auc(model, loader, compute, mode).auc for mode in ("positive", "negative")]
-        batches = zip(pictures.split(BATCH), shapes.split(BATCH), strict=True)
-        scores = explain.segmentation_scores(model, batches, compute)
-        values = (*areas, scores.pixel_accuracy, scores.mean_iou, scores.mean_ap, time.perf_counter() - start)
-        print(f"{name}  {data}  {method}  {'  '.join(f'{v:.3f}' for v in values)}", flush=True)
-        yield dict(zip(FIELDS, (name, data, method, *(f"{v:.4f}" for v in values)), strict=True))
+        row = {"model": name, "data": data, "method": method, **scores(model, loader, masked, compute)}
+        print("  ".join(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()), flush=True)
+        rows.append({field: f"{value:.4f}" if isinstance(value, float) else value for field, value in row.items()})
+    return measured_on, rows
+
+
+@torch.no_grad()
+def right(model: nn.Module, loader: Batches) -> int:
+    """How many images the model classifies rightly."""
+    return int(sum((model(images).argmax(1) == labels).sum() for images, labels in loader))
+
+
+def scores(model: nn.Module, loader: Batches, masked: Batches, compute: Method) -> dict[str, float]:
+    """The scores of one method, whose maps are computed once, and the seconds that it took for them."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    maps, masked_maps = ([compute(model, images, None).cpu() for images, _ in data] for data in (loader, masked))
+    seconds = time.perf_counter() - start
+
+    def stored(maps: list[Tensor]) -> Method:
+        remaining = iter(maps)
+        return lambda model, images, target: next(remaining).to(images.device)
+
+    areas = {f"{mode}_auc": explain.perturbation_auc(model, loader, stored(maps), mode).auc for mode in ("positive", "negative")}
+    agreement = explain.segmentation_scores(model, masked, stored(masked_maps))
+    return {**areas, **dataclasses.asdict(agreement), "seconds": seconds}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -169,10 +195,31 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def table(path: Path) -> list[str]:
-    """The CSV as lines of Markdown, in percent, the best of every column and model in bold."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+def write(path: Path, fields: tuple[str, ...], rows: list[dict[str, object]]) -> None:
+    """The rows into a CSV file, in place of those of the same model and data."""
+    measured = {(row["model"], row["data"]) for row in rows}
+    rows = [row for row in read(path) if (row["model"], row["data"]) not in measured] + rows
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
+
+
+def sections(folder: Path = ROOT / "benchmarks") -> dict[str, list[str]]:
+    """What docs/explain.md shows of the files in `folder`: lines of Markdown by the name of the section."""
+    models = []
+    for row in read(folder / MODELS):
+        share = int(row["images_right"]) / int(row["images"])
+        models.append(
+            f"- {row['model']}, weights {row['weights']}: right on {share:.1%} of {row['images']} test images of {row['data']} and"
+            f" on {row['masks_right']} of {row['masks']} objects with masks. Measured on {row['device']}, torch {row['torch']}."
+        )
+    return {"models": models, "evaluation": table(read(folder / SCORES))}
+
+
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """The scores as lines of Markdown, in percent, the best of every column and model in bold."""
     lines = [
         "| model, data | method | positive AUC (low) | negative AUC (high) | pixel accuracy | mIoU | mAP |",
         "|---|---|---|---|---|---|---|",
@@ -189,33 +236,29 @@ def table(path: Path) -> list[str]:
 
 
 def main() -> int:
-    """Parse, measure or print."""
+    """Parse, measure or fill the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT")
+    parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--images", type=Path, metavar="FOLDER")
     parser.add_argument("--masks", type=Path, metavar="FOLDER")
-    parser.add_argument("--digits", action="store_true")
-    parser.add_argument("--count", type=int, default=200, metavar="N", help="images to perturb; default: 200")
-    parser.add_argument("--csv", type=Path, default=CSV)
-    parser.add_argument("--table", action="store_true", help="print the CSV as Markdown")
+    parser.add_argument("--count", type=int, default=2000, metavar="N", help="images to perturb; default: 2000")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", metavar="FOLDER", help="default: benchmarks")
+    parser.add_argument("--document", action="store_true", help="fill the sections of docs/explain.md")
     args = parser.parse_args()
-    if args.table:
-        print(*table(args.csv), sep="\n")
+    if args.document:
+        replace_sections(ROOT / "docs" / "explain.md", sections(args.out))
         return 0
-    if not (args.checkpoints and (args.digits or (args.images and args.masks))):
-        parser.error("expected checkpoints with --images and --masks or with --digits, or --table")
+    if not (args.models and args.images and args.masks):
+        parser.error("expected models with --images and --masks, or --document")
     try:
-        rows = [row for source in args.checkpoints for row in evaluate(source, args)]
+        measured = [evaluate(source, args) for source in args.models]
     except UserError as error:
         print(f"evaluate_explain: {error}", file=sys.stderr)
         return 1
-    measured = {(row["model"], row["data"]) for row in rows}
-    rows = [row for row in read(args.csv) if (row["model"], row["data"]) not in measured] + rows
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(args.csv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args.out / SCORES, FIELDS, [row for _, rows in measured for row in rows])
+    write(args.out / MODELS, MODEL_FIELDS, [row for row, _ in measured])
     return 0
 
 

@@ -90,6 +90,44 @@ def test_average_precision_agrees_with_sklearn():
     assert_close(average_precision(scores, positive), torch.tensor(expected, dtype=torch.float32))
 
 
+def test_ties_in_average_precision():
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, positive = torch.randint(0, 4, (5, 60)).float(), torch.rand(5, 60) < 0.4
+    expected = [metrics.average_precision_score(p, s) for p, s in zip(positive, scores, strict=True)]
+    assert_close(average_precision(scores, positive), torch.tensor(expected, dtype=torch.float32))
+    nothing = average_precision(torch.zeros(1, 4), torch.tensor([[True, False, False, False]]))
+    assert nothing.item() == 0.25  # not 1, though the object comes first in the raster
+
+
+def test_ties_in_a_perturbation():
+    """A map that says nothing masks the left two pixels first for no more than its share of many images; equals stay together."""
+    loader = [(torch.ones(400, 3, 1, 10), torch.ones(400, dtype=torch.long))]
+    flat = explain.perturbation_auc(Brightness(), loader, lambda model, images, target: torch.zeros(len(images), 1, 10))
+    expected = [1 - masked * (masked - 1) / 90 for masked in range(1, 10)]  # not both of two among ten
+    assert flat.accuracy == pytest.approx(expected, abs=0.07)
+    halves = (torch.arange(10) < 5).float().expand(400, 1, 10)
+    positive, negative = (
+        explain.perturbation_auc(Brightness(), loader, lambda model, images, target: halves, mode=mode).accuracy
+        for mode in ("positive", "negative")
+    )
+    assert positive[4:] == (0.0,) * 5
+    assert 0 < positive[3] < positive[1] < positive[0] == 1
+    assert negative[:6] == (1.0,) * 6
+    split = [(images[i : i + 150], labels[i : i + 150]) for images, labels in loader for i in range(0, 400, 150)]
+    again = explain.perturbation_auc(Brightness(), split, lambda model, images, target: torch.zeros(len(images), 1, 10))
+    assert again == flat
+
+
+def test_half_precision_maps():
+    """More pixels than bfloat16 can count."""
+    images, masks = torch.ones(1, 3, 40, 40), torch.zeros(1, 40, 40, dtype=torch.bool)
+    masks[:, :30] = True
+    maps = torch.rand(1, 40, 40).bfloat16()
+    half, single = (explain.segmentation_scores(Brightness(), [(images, masks)], lambda *_, m=m: m) for m in (maps, maps.float()))
+    assert half == single
+    assert 0.7 < half.mean_ap < 0.8
+
+
 def test_scales():
     maps = torch.tensor([[[1.0, 3.0]], [[2.0, 2.0]]])
     assert_close(scaled(maps), torch.tensor([[[0.0, 1.0]], [[0.0, 0.0]]]))
@@ -117,6 +155,10 @@ def test_bad_evaluations():
         (lambda: explain.perturbation_auc(Brightness(), LOADER, left_first, mode="up"), "mode: got 'up', expected positive or"),
         (lambda: explain.perturbation_auc(Brightness(), LOADER, left_first, explained="all"), "explained: got 'all'"),
         (lambda: explain.perturbation_auc(Brightness(), [], left_first), "loader: gave no images"),
+        (
+            lambda: explain.perturbation_auc(Brightness(), [(LOADER[0][0], LOADER[0][1][:, None])], left_first),
+            r"loader: expected labels \(2,\), one for each image, got \(2, 1\)",
+        ),
         (lambda: explain.segmentation_scores(Brightness(), [], left_first), "loader: gave no images"),
         (lambda: explain.segmentation_scores(Brightness(), LOADER, left_first), r"loader: expected masks \(2, 1, 10\) of bool"),
         (
@@ -145,6 +187,13 @@ def test_gradient_baselines():
     assert_close(explain.gradients(squared, images, 2), expected.sum(1))
     expected = squared.terms(images)[:, 2] * weight[2].view(3, 4, 5) * images
     assert_close(explain.gradients(squared, images, 2, "integrated_gradients"), expected.sum(1))
+
+
+def test_integrated_gradients_of_many_images():
+    pytest.importorskip("captum")
+    images, model = torch.randn(70, 1, 1, 6), Squared(torch.randn(3, 6))
+    together = explain.gradients(model, images, 1, "integrated_gradients")  # captum's warning would be an error
+    assert_close(together[:3], explain.gradients(model, images[:3], 1, "integrated_gradients"))
 
 
 def test_gradients_refuse(monkeypatch):
@@ -182,6 +231,18 @@ def test_receptive_field_of_a_convolution_net_is_local():
     field = explain.effective_receptive_field(model, torch.randn(2, 3, 65, 65))
     rows = field.any(1).nonzero()[:, 0]
     assert 33 - 8 <= rows.min() <= rows.max() <= 33 + 8
+
+
+def test_receptive_field_of_an_even_grid_has_its_centre_in_the_middle():
+    """A model whose tokens do not mix: the central 2 x 2 of 8 x 8 patches, or the central 1 x 2 of 7 x 8."""
+    model = timm.create_model("vim_nano", depth=1, num_classes=0).eval()
+    side = model.patch_embed.patch_size
+    torch.nn.init.zeros_(model.layers[0].mixer.out_proj.weight)
+    for rows in (8, 7):
+        field = explain.effective_receptive_field(model, torch.randn(2, 3, rows * side, 8 * side))
+        expected = torch.zeros(rows, 8, dtype=torch.bool)
+        expected[(rows - 1) // 2 : rows // 2 + 1, 3:5] = True
+        assert torch.equal(field > 0, expected.repeat_interleave(side, 0).repeat_interleave(side, 1))
 
 
 def test_overlay():

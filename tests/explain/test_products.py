@@ -243,7 +243,7 @@ def published_product(vectors):
 def test_as_published():
     model, images = build("vim")
     streams = []
-    handles = [block.register_forward_hook(lambda m, args, out: streams.append(out)) for block in model.layers]
+    handles = [block.register_forward_pre_hook(lambda m, args: streams.append(args[0])) for block in model.layers]
     with record(model) as tape:
         logits = model(images)
     for handle in handles:

@@ -184,8 +184,11 @@ class Attention:
         if v.shape != (self.batch, self.layout.tokens, self.channels):
             expected = (self.batch, self.layout.tokens, self.channels)
             raise UserError(f"v: got {tuple(v.shape)}, expected (batch, L, E) = {expected}")
-        with recomputation(self._operands.A):
-            return self._linear(v.to(self._operands.A.dtype), 1)
+        operands, v = self._operands, v.to(self._operands.A.dtype)
+        with recomputation(operands.A):
+            if self._include == "mixer":
+                return sum(self.direction(k)._apply_mixer(v) for k in range(len(self.paths)))
+            return operands.scan(operands.read(v), skip=self._include == "ssm+skip", merge=True)
 
     def magnitude(self) -> Attention:
         """The matrix with |B|, |C| and |D|: the magnitudes of the elements, per path and channel, where the scan has one state.
@@ -233,15 +236,11 @@ class Attention:
             raise UserError(f"direction: {which!r} {what}: {', '.join(known)}{did_you_mean(str(which), known)}")
         return names.index(which)
 
-    def _linear(self, v: Tensor, count: int) -> Tensor:
-        """The map from `(batch * count, L, E)` to the same; `count` vectors for every sample."""
-        operands = self._operands.repeat(count)
-        if self._include != "mixer":
-            return operands.scan(operands.read(v), skip=self._include == "ssm+skip", merge=True)
-        factors = self._factors().repeat(count)
-        one_for_all = factors.left.shape[1] == 1
-        y = operands.scan(factors.right * factors.convolve(v), skip=True, merge=one_for_all)
-        return factors.left.squeeze(1) * y if one_for_all else (factors.left * y).sum(1)
+    def _apply_mixer(self, v: Tensor) -> Tensor:
+        """The map of the only path of a whole mixer, `(batch, L, E)` to the same."""
+        factors = self._factors()
+        (convolve,) = factors.convolutions
+        return factors.left.squeeze(1) * self._operands.scan(factors.right * convolve(v), skip=True, merge=True)
 
     def _blocks(self, rows: Tensor | range, channels: Channels, block: int | None) -> Iterator[Tensor]:
         """Weights of rows, (rows, L), or the rows of these tokens, times the matrix, a few rows at a time."""
@@ -259,23 +258,38 @@ class Attention:
         batch, count, tokens = weights.shape
         cotangent = weights.reshape(batch * count, tokens, 1).expand(-1, -1, self.channels)
         total = None
-        for k in range(len(self.paths)):  # one after the other, for a path's steps are as large as a map
+        for paths in self._groups(cotangent.numel()):
             with recomputation(self._operands.A):
-                part = self.direction(k)._pull_path(cotangent)
-            part = part.mean(-1) if channels is None else part.index_select(-1, channels).mT
+                part = self._pull_paths(paths, cotangent, channels)
             total = part if total is None else total + part
+        total = total.squeeze(-1) if channels is None else total.mT
         return total.unflatten(0, (batch, count))
 
-    def _pull_path(self, cotangent: Tensor) -> Tensor:
-        """The transposed map of the only path, `(batch * count, L, E)` to the same."""
-        operands, count = self._operands, cotangent.shape[0] // self.batch
-        if self._include != "mixer":
-            return operands.put_back(operands.scan_transposed(cotangent, skip=self._include == "ssm+skip"))
-        factors = self._factors().repeat(count)
-        steps = operands.scan_transposed(factors.left.squeeze(1) * cotangent, skip=True)
+    def _groups(self, elements: int) -> Iterator[slice]:
+        """The paths that are pulled at once, for each path's steps are as large as a map of so many `elements`."""
+        at_once = 1 if self._include == "mixer" else max(1, _BLOCK_ELEMENTS // elements)
+        for first in range(0, len(self.paths), at_once):
+            yield slice(first, first + at_once)
+
+    def _pull_paths(self, paths: slice, cotangent: Tensor, channels: Tensor | None) -> Tensor:
+        """The transposed map of some of the paths: `(batch * count, L, E)` -> `(batch * count, L, channels or 1, their mean)`."""
+
+        def chosen(maps: Tensor) -> Tensor:
+            return maps.mean(-1, keepdim=True) if channels is None else maps.index_select(-1, channels)
+
+        if self._include == "mixer":
+            return chosen(self.direction(paths.start)._pull_mixer(cotangent))
+        operands = self._operands.some(paths)
+        return operands.put_back(chosen(operands.scan_transposed(cotangent, skip=self._include == "ssm+skip")))
+
+    def _pull_mixer(self, cotangent: Tensor) -> Tensor:
+        """The transposed map of the only path of a whole mixer, `(batch * count, L, E)` to the same."""
+        factors = self._factors().repeat(cotangent.shape[0] // self.batch)
+        (convolve,) = factors.convolutions
+        steps = self._operands.scan_transposed(factors.left.squeeze(1) * cotangent, skip=True)
         with torch.enable_grad():
             u = torch.zeros_like(cotangent, memory_format=torch.contiguous_format).requires_grad_()
-            convolved = factors.convolve(u)
+            convolved = convolve(u)
             (grad,) = torch.autograd.grad(convolved, u, factors.right * steps.reshape(convolved.shape))
         return grad
 

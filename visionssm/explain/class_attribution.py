@@ -86,7 +86,7 @@ def check_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
 
 @dataclass
 class _Tap:
-    """What one layer computed on the way to the logits: the gated scan, and the residual stream after the block."""
+    """What one layer computed on the way to the logits: the gated scan, and the residual stream that its block reads."""
 
     gated: Tensor | None = None
     stream: Tensor | None = None
@@ -103,12 +103,12 @@ def _taps(tape: Tape, layers: range) -> Iterator[list[_Tap]]:
             def keep_gated(module: nn.Module, args: tuple[Tensor], tap: _Tap = tap) -> None:
                 tap.gated = args[0]
 
-            def keep_stream(module: nn.Module, args: tuple, output: Tensor, tap: _Tap = tap) -> None:
-                tap.stream = output
+            def keep_stream(module: nn.Module, args: tuple, tap: _Tap = tap) -> None:
+                tap.stream = args[0]
 
             block = tape.network.get_submodule(layer.name.rpartition(".")[0])
             stack.callback(layer.mixer.out_proj.register_forward_pre_hook(keep_gated).remove)
-            stack.callback(block.register_forward_hook(keep_stream).remove)
+            stack.callback(block.register_forward_pre_hook(keep_stream).remove)
         yield taps
 
 

@@ -63,6 +63,8 @@ def perturbation_auc(
 ) -> Perturbation:
     """Mask the pixels in the order of their relevance and watch the accuracy fall.
 
+    Pixels of equal relevance, such as all of a map that says nothing, are masked in a random order, the same at every call.
+
     Args:
         model: a classifier in eval mode.
         loader: gives `(images, labels)`, the images normalised.
@@ -75,27 +77,30 @@ def perturbation_auc(
         The accuracy against the labels at 10 %, 20 %, ..., 90 %, and the area under it, divided by its width.
 
     Raises:
-        UserError: an unknown method, mode or class to explain, no images.
+        UserError: an unknown method, mode or class to explain, no images, not one label for each.
     """
     for name, value, known in (("mode", mode, ("positive", "negative")), ("explained", explained, ("predicted", "label"))):
         if value not in known:
             raise UserError(f"{name}: got {value!r}, expected {' or '.join(known)}")
     compute = method_named(method) if isinstance(method, str) else method
     device = next(model.parameters()).device
-    correct, total = torch.zeros(len(FRACTIONS)), 0
+    generator = torch.Generator().manual_seed(0)
+    correct, total = torch.zeros(len(FRACTIONS), device=device), 0
     for images, labels in loader:
+        if labels.shape != images.shape[:1]:
+            raise UserError(f"loader: expected labels ({len(images)},), one for each image, got {tuple(labels.shape)}")
         images, labels = images.to(device), labels.to(device)
         relevance = _maps(compute(model, images, labels if explained == "label" else None), images).flatten(1)
-        order = relevance.argsort(dim=1, descending=mode == "positive", stable=True)
+        order = _order(relevance, mode == "positive", generator)
         for i, fraction in enumerate(FRACTIONS):
             masked = images.flatten(2).clone()
             masked.scatter_(2, order[:, None, : round(fraction * order.shape[1])].expand(-1, images.shape[1], -1), fill)
             with torch.no_grad():
-                correct[i] += (model(masked.view_as(images)).argmax(1) == labels).sum().item()
+                correct[i] += (model(masked.view_as(images)).argmax(1) == labels).sum()
         total += len(images)
     if not total:
         raise UserError("loader: gave no images")
-    accuracy = correct / total
+    accuracy = correct.cpu() / total
     area = torch.trapezoid(accuracy, torch.tensor(FRACTIONS)) / (FRACTIONS[-1] - FRACTIONS[0])
     return Perturbation(FRACTIONS, tuple(accuracy.tolist()), area.item())
 
@@ -143,7 +148,7 @@ def segmentation_scores(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]
 
 
 def _maps(maps: Tensor, images: Tensor) -> Tensor:
-    """A method's maps on the pixels of the images.
+    """A method's maps on the pixels of the images, at least float32, in which ranks and sums are exact.
 
     Raises:
         UserError: not one map `(h, w)` for every image, or one that is not finite.
@@ -152,14 +157,22 @@ def _maps(maps: Tensor, images: Tensor) -> Tensor:
         raise UserError(f"method: gave maps {tuple(maps.shape)}, expected ({len(images)}, h, w)")
     if not maps.isfinite().all():
         raise UserError("method: gave a map that is not finite")
-    return to_size(maps, images.shape[-2:])
+    return to_size(maps.to(torch.promote_types(maps.dtype, torch.float32)), images.shape[-2:])
 
 
 def average_precision(scores: Tensor, positive: Tensor) -> Tensor:
-    """Of every row `(batch, n)`: the mean over the positives of the precision at each one's rank, `(batch,)`."""
-    hits = positive.gather(1, scores.argsort(dim=1, descending=True, stable=True)).to(scores.dtype)
-    ranks = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
-    return (hits * hits.cumsum(1) / ranks).sum(1) / hits.sum(1)
+    """Of every row `(batch, n)`: the mean over the positives of the precision among all that score no less, `(batch,)`."""
+    falling, order = scores.sort(dim=1, descending=True)
+    hits = positive.gather(1, order).to(scores.dtype)
+    retrieved = torch.searchsorted(-falling, -falling, right=True)  # equals are retrieved together
+    precision = hits.cumsum(1).gather(1, retrieved - 1) / retrieved
+    return (hits * precision).sum(1) / hits.sum(1)
+
+
+def _order(relevance: Tensor, descending: bool, generator: torch.Generator) -> Tensor:
+    """The indices that sort every row `(batch, n)`, equals in a random order of `generator`."""
+    shuffled = torch.stack([torch.randperm(relevance.shape[1], generator=generator) for _ in relevance]).to(relevance.device)
+    return shuffled.gather(1, relevance.gather(1, shuffled).argsort(dim=1, descending=descending, stable=True))
 
 
 def to_size(maps: Tensor, size: tuple[int, int]) -> Tensor:

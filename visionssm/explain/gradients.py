@@ -48,5 +48,8 @@ def gradients(
         images = images.detach().clone().requires_grad_()
         with torch.no_grad():
             chosen = check_target(model(images), target)
-        attributed = getattr(attr, name)(model).attribute(images, target=chosen, **{**defaults, **options})
+        arguments = {**defaults, **options}
+        if arguments.get("internal_batch_size"):  # captum warns of one that does not hold every image once
+            arguments["internal_batch_size"] = max(arguments["internal_batch_size"], len(images))
+        attributed = getattr(attr, name)(model).attribute(images, target=chosen, **arguments)
     return attributed.detach().sum(1)

@@ -52,21 +52,20 @@ class ScanOperands:
 
     def direction(self, k: int) -> ScanOperands:
         """Path `k` alone."""
-        paths = replace(self.paths, names=self.paths.names[k : k + 1])
-        one = slice(k, k + 1)
+        return self.some(slice(k, k + 1))
+
+    def some(self, which: slice) -> ScanOperands:
+        """Some of the paths."""
+        paths = replace(self.paths, names=self.paths.names[which])
         return replace(
             self,
-            x_dbl=self.x_dbl[:, one, : paths.length] if self.in_path_order else self.x_dbl[:, :, :, one],
-            A=self.A[one],
-            D=self.D[one],
+            x_dbl=self.x_dbl[:, which, : paths.length] if self.in_path_order else self.x_dbl[:, :, :, which],
+            A=self.A[which],
+            D=self.D[which],
             paths=paths,
-            dt_weight=None if self.dt_weight is None else self.dt_weight[one],
-            dt_bias=None if self.dt_bias is None else self.dt_bias[one],
+            dt_weight=None if self.dt_weight is None else self.dt_weight[which],
+            dt_bias=None if self.dt_bias is None else self.dt_bias[which],
         )
-
-    def repeat(self, count: int) -> ScanOperands:
-        """Every sample `count` times."""
-        return self if count == 1 else replace(self, x_dbl=self.x_dbl.repeat_interleave(count, 0))
 
     def absolute(self) -> ScanOperands:
         """|B|, |C| and |D|: no element of this alpha is smaller than the magnitude of the same element of the true one."""
@@ -106,7 +105,7 @@ class ScanOperands:
         return y.flatten(-3, -2)
 
     def scan_transposed(self, cotangent: Tensor, skip: bool) -> Tensor:
-        """alpha^T r, or (alpha + D)^T r, of the only path.
+        """alpha^T r, or (alpha + D)^T r, of every path.
 
         alpha[i, j] = dt_j B_j g_j with g_i = C_i r_i and g_j = C_j r_j + exp(dt_{j+1} A) g_{j+1}: again a scan, along the path in
         reverse, of r with B and C exchanged, whose steps are those of the position just passed. The operator multiplies its
@@ -117,30 +116,30 @@ class ScanOperands:
             skip: add D r.
 
         Returns:
-            In the layout that `scan` takes per path: `(batch * count, 1, H, W, E)`, or `(batch * count, 1, L', E)`.
+            In the layout that `scan` takes per path: `(batch * count, K, H, W, E)`, or `(batch * count, K, L', E)`.
         """
         dt, B, C = self._split()
         delta = self._steps(dt)
+        x_dbl = torch.cat([self._steps_ahead(delta).clamp_min_(_SMALLEST_STEP), C, B], dim=-1)
         count = cotangent.shape[0] // delta.shape[0]
-        ahead = self._steps_ahead(delta).clamp_min_(_SMALLEST_STEP)
-        x_dbl, delta, ahead = (m.repeat_interleave(count, 0) for m in (torch.cat([ahead, C, B], dim=-1), delta, ahead))
-        name = self.paths.names[0]
-        reverse = (name.removesuffix("_flip") if name.endswith("_flip") else f"{name}_flip",)
-        r = self.read(cotangent)
+        if count > 1:
+            x_dbl, delta = x_dbl.repeat_interleave(count, 0), delta.repeat_interleave(count, 0)
+        reverse = tuple(name.removesuffix("_flip") if name.endswith("_flip") else f"{name}_flip" for name in self.paths.names)
+        n, r = self.A.shape[-1], self.read(cotangent)
+        ahead = x_dbl[..., : delta.shape[-1]]
         if self.in_path_order:
-            n = self.A.shape[-1]
             operands = (m.flip(2) for m in (r / ahead, *x_dbl.split([ahead.shape[-1], n, n], dim=-1)))
             u, step, B, C = operands
             y = cross_selective_scan(u, step, self.A, B, C, paths=reverse, dt_softplus=False, order="scan").flip(2)
         else:
-            y = cross_selective_scan_packed(r / ahead.squeeze(3), x_dbl, self.A, paths=reverse, dt_softplus=False)
-            delta = delta.squeeze(3)
-        y = delta * y + self.D * r if skip else delta * y
-        return y if self.in_path_order else y.unsqueeze(1)
+            ahead, delta, r = ahead.movedim(3, 1), delta.movedim(3, 1), r.unsqueeze(1)
+            y = cross_selective_scan_packed(r / ahead, x_dbl, self.A, paths=reverse, dt_softplus=False, merge=False)
+        y = delta * y
+        return y + self.D.view(len(reverse), *(1,) * (y.dim() - 3), -1) * r if skip else y
 
     def put_back(self, v: Tensor) -> Tensor:
-        """The adjoint of `read` for one path: what `scan_transposed` returns -> positions `(batch, P, E)`."""
-        return cross_merge(v, self.paths).flatten(1, -2) if self.in_path_order else v.flatten(1, -2)
+        """The adjoint of `read`: what `scan_transposed` returns, of any channels -> positions `(batch, P, .)`, the paths summed."""
+        return cross_merge(v, self.paths).flatten(1, -2) if self.in_path_order else v.sum(1).flatten(1, 2)
 
     def _split(self) -> tuple[Tensor, Tensor, Tensor]:
         n = self.A.shape[-1]
@@ -155,21 +154,33 @@ class ScanOperands:
         return F.softplus(dt) if self.dt_softplus else dt
 
     def _steps_ahead(self, delta: Tensor) -> Tensor:
-        """The step that the only path takes from every position to its next, padded steps between them included; 1 at the end."""
+        """The step that every path takes from every position to its next, padded steps between them included; any at its end."""
         if self.in_path_order:
-            return torch.cat([delta[:, :, 1:], torch.ones_like(delta[:, :, :1])], dim=2)
-        table = self.paths.table[0]
+            return delta.roll(-1, 2)
+        following, padded = _following(self.paths, delta.device)
+        ahead = delta.flatten(1, 3).index_select(1, following).view(delta.shape)
+        if padded is None:
+            return ahead
+        rank = self.x_dbl.shape[-1] - 2 * self.A.shape[-1]
+        return ahead + padded * self._steps(self.x_dbl.new_zeros(1, 1, 1, len(self.paths), rank))
+
+
+@functools.lru_cache(maxsize=64)
+def _following(paths: ScanPaths, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Where every path goes from every position.
+
+    Returns:
+        The index of the next position among `(H * W * K)`, position 0 at the end of a path; and the number of padded steps
+        between them, `(H, W, K, 1)`, None where no path has any.
+    """
+    count = len(paths)
+    following, padded = np.tile(np.arange(count), (paths.positions, 1)), np.zeros((paths.positions, count), dtype=np.float32)
+    for k, table in enumerate(paths.table):
         at = np.flatnonzero(table >= 0)
-        following, padded = np.zeros(self.paths.positions, dtype=np.int64), np.zeros(self.paths.positions)
-        following[table[at[:-1]]], padded[table[at[:-1]]] = table[at[1:]], np.diff(at) - 1
-        flat = delta.flatten(1, 2)  # [B, P, 1, E]
-        ahead = flat.index_select(1, torch.from_numpy(following).to(flat.device))
-        if padded.any():
-            rank = self.x_dbl.shape[-1] - 2 * self.A.shape[-1]
-            of_padding = self._steps(self.x_dbl.new_zeros(1, 1, 1, 1, rank)).flatten(1, 2)
-            ahead = ahead + torch.from_numpy(padded).to(ahead)[:, None, None] * of_padding
-        ahead[:, int(table[at[-1]])] = 1.0
-        return ahead.unflatten(1, self.paths.size)
+        following[table[at[:-1]], k] = table[at[1:]] * count + k
+        padded[table[at[:-1]], k] = np.diff(at) - 1
+    between = torch.from_numpy(padded).to(device).view(*paths.size, count, 1) if padded.any() else None
+    return torch.from_numpy(following.reshape(-1)).to(device), between
 
 
 @dataclass(frozen=True)
@@ -179,23 +190,21 @@ class MixerFactors:
     Args:
         right: `sigmoid(c)` in the layout of the scan, c the output of the convolution: SiLU as a factor.
         left: the factor of the scans' outputs, `(batch, K or 1, P, E)`: gate, weights of the directions, scale of a norm.
-        convolve: positions `(batch, P, E)` -> c without its bias.
+        convolutions: positions `(batch, P, E)` -> c without its bias, in the layout of the scan; one for each path or one for all.
     """
 
     right: Tensor
     left: Tensor
-    convolve: Callable[[Tensor], Tensor]
+    convolutions: tuple[Callable[[Tensor], Tensor], ...]
 
     def direction(self, k: int, operands: ScanOperands) -> MixerFactors:
         """Path `k` alone, whose operands are given."""
-        left = self.left if self.left.shape[1] == 1 else self.left[:, k : k + 1]
-        if not operands.in_path_order and self.right.dim() == 4:  # one map for all paths
+        one = slice(k, k + 1)
+        left = self.left if self.left.shape[1] == 1 else self.left[:, one]
+        if len(self.convolutions) == 1:
             return replace(self, left=left)
-
-        def cut(m: Tensor) -> Tensor:
-            return m[:, k : k + 1, : operands.paths.length] if operands.in_path_order else m[:, k : k + 1]
-
-        return MixerFactors(cut(self.right), left, lambda u: cut(self.convolve(u)))
+        right = self.right[:, one, : operands.paths.length] if operands.in_path_order else self.right[:, one]
+        return MixerFactors(right, left, self.convolutions[one])
 
     def repeat(self, count: int) -> MixerFactors:
         """Every sample `count` times."""
@@ -243,15 +252,19 @@ def mixer_factors(mixer: nn.Module, operands: ScanOperands, *inputs: object) -> 
 @mixer_factors.register
 def _(mixer: VimMixer, operands: ScanOperands, x: Tensor) -> MixerFactors:
     u, z = mixer.branches(x)
-    left = 0.5 * F.silu(z)
-    return _factors(operands, mixer.convolve, u, left.unsqueeze(1))
+    forward, backward = mixer.conv1d_weight.detach().to(operands.A.dtype)
+    convolutions = (
+        lambda v: _causal_convolution(v, forward)[:, None, None],
+        lambda v: _causal_convolution(v.flip(1), backward).flip(1)[:, None, None],
+    )
+    return _factors(operands, mixer.convolve(u), 0.5 * F.silu(z).unsqueeze(1), convolutions)
 
 
 @mixer_factors.register
 def _(mixer: SS2D, operands: ScanOperands, x: Tensor) -> MixerFactors:
     u, z = mixer.branches(x)
-    y = operands.scan(F.silu(mixer.convolve(u)).to(operands.A.dtype), skip=True, merge=mixer.scan_attn is None)
-    left = None
+    c = mixer.convolve(u)
+    y = operands.scan(F.silu(c).to(operands.A.dtype), skip=True, merge=mixer.scan_attn is None)
     if mixer.scan_attn is None:
         left = y.new_ones(())
     else:
@@ -260,16 +273,26 @@ def _(mixer: SS2D, operands: ScanOperands, x: Tensor) -> MixerFactors:
     scale = mixer.out_norm.weight * (y.var(-1, unbiased=False, keepdim=True) + mixer.out_norm.eps).rsqrt()
     if z is not None:
         scale = scale * F.silu(z.flatten(1, 2))
-    return _factors(operands, mixer.convolve, u.flatten(1, 2), left * scale.unsqueeze(1), u.shape[1:3])
+    weight = mixer.conv2d.weight.detach().to(operands.A.dtype)
+
+    def convolve(v: Tensor) -> Tensor:
+        v = v.unflatten(1, operands.paths.size).permute(0, 3, 1, 2)
+        return F.conv2d(v, weight, padding="same", groups=len(weight)).permute(0, 2, 3, 1)
+
+    return _factors(operands, c, left * scale.unsqueeze(1), (convolve,))
 
 
 @mixer_factors.register
 def _(mixer: LocalVimMixer, operands: ScanOperands, x: Tensor, size: tuple[int, int]) -> MixerFactors:
     u, z = mixer.branches(x)
-    v = F.silu(mixer.convolve(u, operands.paths)).to(operands.A.dtype)
+    c = mixer.convolve(u, operands.paths)
     gate = F.silu(z).unsqueeze(1)
-    left = gate * _weights(mixer.attn, operands.scan(v, skip=True, merge=False) * gate)
-    return _factors(operands, functools.partial(mixer.convolve, paths=operands.paths), u, left)
+    y = operands.scan(F.silu(c).to(operands.A.dtype), skip=True, merge=False)
+    convolutions = tuple(
+        functools.partial(_convolution_along, operands.direction(k).paths, weight)
+        for k, weight in enumerate(mixer.conv1d_weight.detach().to(operands.A.dtype))
+    )
+    return _factors(operands, c, gate * _weights(mixer.attn, y * gate), convolutions)
 
 
 def _weights(attn: nn.Module, y: Tensor) -> Tensor:
@@ -277,15 +300,15 @@ def _weights(attn: nn.Module, y: Tensor) -> Tensor:
     return attn.weights(y.to(attn.global_reduce.weight.dtype)).to(y.dtype)
 
 
-def _factors(
-    operands: ScanOperands, convolve: Callable[[Tensor], Tensor], u: Tensor, left: Tensor, size: tuple[int, int] | None = None
-) -> MixerFactors:
-    """`u` and the argument of the result's `convolve` are flat, `(batch, P, E)`; `size` is that of a map."""
-    dtype = operands.A.dtype
+def _factors(operands: ScanOperands, c: Tensor, left: Tensor, convolutions: tuple[Callable[[Tensor], Tensor], ...]) -> MixerFactors:
+    return MixerFactors(c.sigmoid().to(operands.A.dtype), left.to(operands.A.dtype), convolutions)
 
-    def convolved(u: Tensor) -> Tensor:
-        return convolve(u if size is None else u.unflatten(1, size))
 
-    bias = convolved(torch.zeros_like(u[:1]))
-    right = convolved(u).sigmoid().to(dtype)
-    return MixerFactors(right, left.to(dtype), lambda m: (convolved(m.to(u.dtype)) - bias).to(dtype))
+def _convolution_along(path: ScanPaths, weight: Tensor, v: Tensor) -> Tensor:
+    """`_causal_convolution` along one path of positions `(batch, P, E)` -> `(batch, 1, L', E)`."""
+    return _causal_convolution(cross_scan(v, path).squeeze(1), weight).unsqueeze(1)
+
+
+def _causal_convolution(v: Tensor, weight: Tensor) -> Tensor:
+    """Of sequences `(batch, L, E)`, depthwise, without bias; `weight` `(E, taps)` multiplies the current step by its last tap."""
+    return F.conv1d(F.pad(v.mT, (weight.shape[-1] - 1, 0)), weight.unsqueeze(1), groups=len(weight)).mT

@@ -2,8 +2,8 @@
 
 It differs from the paper's formulas, and from ours, in these points. The class token's row leaves out the class token's own
 decay and its own element. Rollout adds that one row to every row of the identity, instead of each token's own. Attribution
-takes the gradient of the residual stream and not of the gated scan, the largest over the channels and not the mean. Maps are
-scaled to 0..1 over channels and tokens before they are averaged.
+takes the gradient of the residual stream before the mixer and not of the gated scan, the largest over the channels and not the
+mean. Maps are scaled to 0..1 over channels and tokens before they are averaged.
 """
 
 import torch
@@ -63,7 +63,7 @@ def attribution(tape: Tape, gradients: list[Tensor], layers: range) -> Tensor:
 
     Args:
         tape: of Vim.
-        gradients: of the class's logit with respect to the residual stream after every layer, `(batch, L, dim)`.
+        gradients: of the class's logit with respect to the residual stream that every layer reads, `(batch, L, dim)`.
         layers: which layers these are.
 
     Returns:

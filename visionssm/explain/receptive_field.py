@@ -1,4 +1,4 @@
-"""The effective receptive field: which pixels move the feature in the middle of the last map."""
+"""The effective receptive field: which pixels move the features in the middle of the last map."""
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from .recording import NETWORKS
 
 def effective_receptive_field(model: nn.Module, images: Tensor) -> Tensor:
     """The magnitude of the gradient of the central feature with respect to every pixel, averaged over the images.
+
+    Along an even side of the map the centre lies between two positions and their mean is taken, so that the field is not shifted.
 
     Source: Luo et al. (arXiv 1701.04128); VMamba (arXiv 2401.10166, figure 6) shows it before and after training.
 
@@ -29,8 +31,8 @@ def effective_receptive_field(model: nn.Module, images: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         images = images.detach().clone().requires_grad_()
         (feature,) = model.forward_intermediates(images, indices=1, intermediates_only=True)  # [B, C, h, w]
-        height, width = feature.shape[-2:]
-        (gradient,) = torch.autograd.grad(feature[:, :, height // 2, width // 2].sum(), images)
+        rows, columns = (slice((side - 1) // 2, side // 2 + 1) for side in feature.shape[-2:])
+        (gradient,) = torch.autograd.grad(feature[:, :, rows, columns].mean((2, 3)).sum(), images)
     field = gradient.float().abs().sum(1).mean(0)
     if not field.isfinite().all() or not field.any():
         raise UserError("model: the gradient of its central feature is 0 or not finite; its weights may be broken")
