@@ -6,7 +6,7 @@ set -u -o pipefail
 export PYTHONUNBUFFERED=1 PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD"
 out=${OUT:-benchmarks} data=${VISIONSSM_DATA:?a folder with cifar10.tar.xz and coco_tiny.zip} device=${DEVICE:-cuda}
 [ $# -gt 0 ] || set -- vmamba_nano.cifar10 vim_nano.cifar10
-[ -e visionssm/ops ] || ln -s ../ops visionssm/ops
+for name in ops configs; do [ -e visionssm/$name ] || ln -s ../$name visionssm/$name; done
 unpacked=$(mktemp -d)
 trap 'rm -rf "$unpacked"' EXIT
 

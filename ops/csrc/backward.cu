@@ -47,31 +47,30 @@ DEVICE Row to_row(float v) { return to_map(v); }
 // steps[t][c] = dv into steps[t][r] = sum over c of dv weight, times log2(e).
 DEVICE void through_low_rank(float4 (&sum)[2][RANK8 / 8][32], float *steps, const Rows &rows, const Weight &weight, int lane) {
     const int g = lane / 4, q = lane % 4;
-    float d[2][RANK8 / 8][4];  // read first and written last: between writes to shared memory nothing could be reordered
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < 2; m++) {
+        float high[2][4], low[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const float v = steps[(8 * i + q + j / 2 * 4) * STEP_ROW + 16 * m + g + j % 2 * 8];
+                high[i][j] = tf32_part(v);
+                low[i][j] = v - high[i][j];
+            }
 #pragma unroll
         for (int n = 0; n < RANK8 / 8; n++) {
-            const float4 from = sum[m][n][lane];
-            d[m][n][0] = from.x;
-            d[m][n][1] = from.y;
-            d[m][n][2] = from.z;
-            d[m][n][3] = from.w;
-        }
+            float4 &to = sum[m][n][lane];
+            float d[4] = {to.x, to.y, to.z, to.w};
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            const float *at = steps + (8 * i + q) * STEP_ROW + 16 * m + g;
-            const float v[4] = {at[0], at[8], at[4 * STEP_ROW], at[4 * STEP_ROW + 8]};
-            const float high[4] = {tf32_part(v[0]), tf32_part(v[1]), tf32_part(v[2]), tf32_part(v[3])};
-#pragma unroll
-            for (int n = 0; n < RANK8 / 8; n++) {
+            for (int i = 0; i < 2; i++) {
                 const float *b = rows.dt + (8 * i + q) * DT_ROW + 8 * n + g;
-                multiply_add(d[m][n], v[0] - high[0], v[1] - high[1], v[2] - high[2], v[3] - high[3], b[0], b[4 * DT_ROW]);
-                multiply_add(d[m][n], high[0], high[1], high[2], high[3], b[0], b[4 * DT_ROW]);
+                multiply_add(d, low[i][0], low[i][1], low[i][2], low[i][3], b[0], b[4 * DT_ROW]);
+                multiply_add(d, high[i][0], high[i][1], high[i][2], high[i][3], b[0], b[4 * DT_ROW]);
             }
+            to = {d[0], d[1], d[2], d[3]};
         }
+    }
     float ddt[RANK8 / 8][4];
 #pragma unroll
     for (int n = 0; n < RANK8 / 8; n++) ddt[n][0] = ddt[n][1] = ddt[n][2] = ddt[n][3] = 0.f;
@@ -86,10 +85,6 @@ DEVICE void through_low_rank(float4 (&sum)[2][RANK8 / 8][32], float *steps, cons
         }
     }
     __syncwarp();
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int n = 0; n < RANK8 / 8; n++) sum[m][n][lane] = {d[m][n][0], d[m][n][1], d[m][n][2], d[m][n][3]};
 #pragma unroll
     for (int n = 0; n < RANK8 / 8; n++) {
         float2 *at = (float2 *)(steps + g * STEP_ROW + 8 * n + 2 * q);
@@ -202,7 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
 
         full_steps(steps, row, shared.weights[warp], lane);
         __syncwarp();
-        float a[T], delta[T], slope[T], h[T];  // delta times log2(e), and so B comes times ln(2)
+        float a[T], delta[T], slope[T];  // delta times log2(e), and so B comes times ln(2)
+        float h = start;
 #pragma unroll
         for (int t = 0; t < T; t++) {
             const float v = steps[t * STEP_ROW + lane];
@@ -210,7 +206,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
             delta[t] = SOFTPLUS ? softplus(v, u) : v;
             slope[t] = SOFTPLUS ? reciprocal(1.f + u) * (v > 0.f ? LOG2E : u * LOG2E) : LOG2E;
             a[t] = exp2_fast(delta[t] * decay);
-            h[t] = a[t] * (t ? h[t - 1] : start) + delta[t] * to_float(values[t * THREADS]) * row.B(t);
+            h = a[t] * h + delta[t] * to_float(values[t * THREADS]) * row.B(t);
+            steps[t * STEP_ROW + lane] = h;
         }
         ChannelSums channel_sums;
         channel_sums.clear();
@@ -221,9 +218,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
             const float g = grad * row.C(t) + carry;
             carry = a[t] * g;
             const float through_b = g * row.B(t);
-            const float through_a = carry * (t ? h[t - 1] : start);
+            const float through_a = carry * (t ? steps[(t - 1) * STEP_ROW + lane] : start);
             sum_dA += through_a * delta[t];
-            const float for_b = g * (delta[t] * value), for_c = grad * h[t];
+            const float for_b = g * (delta[t] * value), for_c = grad * steps[t * STEP_ROW + lane];
             if (t % 2) {
                 after_b = for_b;
                 after_c = for_c;
@@ -233,11 +230,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
             sum_D += grad * value;
             const float change = (through_b * value + through_a * slow) * slope[t];
             sum_bias += change;
+            steps[t * STEP_ROW + lane] = change;
             a[t] = through_b * delta[t] + skip * grad;  // dx
-            delta[t] = change;
         }
-#pragma unroll
-        for (int t = 0; t < T; t++) steps[t * STEP_ROW + lane] = delta[t];
         sum_A += sum_dA;
         const Places &here = shared.places[i % 4];
         store_tile(dx, scales, a, here, channels, real);
