@@ -37,7 +37,7 @@ CASES = (
 )
 ROLLOUTS = {"ssm": {}, "mixer": {"include": "mixer", "normalize": False}}  # arguments of `rollout`
 FIELDS = (
-    "device", "torch", "model", "size", "tokens", "include", "forward_ms", "rollout_ms", "time_ratio", "forward_mib", "rollout_mib",
+    "device", "model", "size", "tokens", "include", "forward_ms", "rollout_ms", "time_ratio", "forward_mib", "rollout_mib",
     "memory_ratio",
 )  # fmt: skip
 GOAL = 3.0  # times a forward
@@ -124,9 +124,10 @@ def measure(name: str, size: int, arguments: argparse.Namespace) -> list[dict[st
             "rollout_mib": peak[include],
             "memory_ratio": peak[include] / peak["forward"],
         }
-        source = {"device": machine["device"], "torch": machine["torch"], "model": name, "size": size, "tokens": case.tokens}
+        device = f"{machine['device']}, torch {machine['torch']}"
+        source = {"device": device, "model": name, "size": size, "tokens": case.tokens}
         rows.append({**source, "include": include, **{field: round(value, 2) for field, value in values.items()}})
-        print("  ".join(f"{field} {rows[-1][field]}" for field in FIELDS[2:]), flush=True)
+        print("  ".join(f"{field} {rows[-1][field]}" for field in FIELDS[1:]), flush=True)
     return rows
 
 
@@ -170,7 +171,7 @@ def table(rows: list[dict[str, str]]) -> list[str]:
     if not rows:
         return []
     lines = [
-        "Measured on " + "; ".join(dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows)) + ".",
+        "Measured on " + "; ".join(dict.fromkeys(row["device"] for row in rows)) + ".",
         "",
         "| model | pixels | tokens | include | forward, ms | rollout, ms | times a forward | peak MiB: forward | with rollout |",
         "|---|---|---|---|---|---|---|---|---|",
