@@ -47,6 +47,7 @@ DATA_SAMPLERS = Registry("data sampler", parent=root.DATA_SAMPLERS, scope=SCOPE,
 METRICS = Registry("metric", parent=root.METRICS, scope=SCOPE, locations=LOCATIONS)
 HOOKS = Registry("hook", parent=root.HOOKS, scope=SCOPE, locations=LOCATIONS)
 OPTIM_WRAPPERS = Registry("optimizer wrapper", parent=root.OPTIM_WRAPPERS, scope=SCOPE, locations=LOCATIONS)
+STRATEGIES = Registry("strategy", parent=root.STRATEGIES, scope=SCOPE, locations=LOCATIONS)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor", parent=root.OPTIM_WRAPPER_CONSTRUCTORS, scope=SCOPE, locations=LOCATIONS
 )

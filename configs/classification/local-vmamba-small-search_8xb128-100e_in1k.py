@@ -3,3 +3,10 @@
 _base_ = "local-vmamba-tiny-search_8xb128-100e_in1k.py"
 
 model = dict(backbone=dict(model_name="local_vmamba_small"))
+custom_hooks = [
+    dict(type="visionssm.DataCheckHook"),
+    dict(type="visionssm.EMAHook", decay=0.9999),
+    dict(type="visionssm.DirectionsHook", interval=200),
+    dict(type="visionssm.ExportHook"),
+    dict(type="visionssm.LearningCurveHook"),
+]

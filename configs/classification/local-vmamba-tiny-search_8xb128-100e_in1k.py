@@ -14,3 +14,10 @@ model = dict(
 )
 train_cfg = dict(max_epochs=100)
 train_dataloader = dict(dataset=dict(transform=dict(auto_augment="rand-m9-mstd0.5")))
+custom_hooks = [
+    dict(type="visionssm.DataCheckHook"),
+    dict(type="visionssm.EMAHook", decay=0.9999),
+    dict(type="visionssm.DirectionsHook", interval=200),
+    dict(type="visionssm.ExportHook"),
+    dict(type="visionssm.LearningCurveHook"),
+]

@@ -1,10 +1,15 @@
-"""Training on a GPU: mixed precision."""
+"""Training on GPUs: mixed precision, sharded weights."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from visionssm import config_path
 from visionssm.engine.config import load_config
 from visionssm.engine.runner import Runner
 
@@ -27,3 +32,23 @@ def test_mixed_precision_trains_the_nanos(name, dtype, tmp_path):
     assert losses.isfinite().all()
     assert all(parameter.isfinite().all() for parameter in runner.model.parameters())
     assert losses[-10:].mean() < losses[:10].mean() - 0.3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded_weights_train_on_two_gpus(tmp_path):
+    config = tmp_path / "sharded.py"
+    config.write_text(
+        f"_base_ = {str(config_path('vmamba-nano_digits'))!r}\n"
+        "runner_type = 'FlexibleRunner'\n"
+        "strategy = dict(type='visionssm.ShardedStrategy')\n"
+        "optim_wrapper = dict(dtype='bfloat16')\n"
+        "train_cfg = dict(max_epochs=2, val_interval=1)\n"
+    )
+    tool = Path(__file__).parents[2] / "tools" / "train.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tool), str(config)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*command, "--work-dir", str(tmp_path / "work")], env=environ, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "top-1: " in run.stdout
+    content = torch.load(tmp_path / "work" / "epoch_2.pth", weights_only=False)  # the file was written by this test
+    assert all(value.isfinite().all() for value in content["state_dict"].values())

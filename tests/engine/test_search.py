@@ -1,5 +1,6 @@
 """The search for scan directions: its super-net, decoding, and training what was found."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_from_a_search_to_a_training(tmp_path, monkeypatch, capsys):
         "train_dataloader = dict(batch_size=4, num_batch_per_epoch=2)\n"
         "val_dataloader = dict(batch_size=4, num_batch_per_epoch=1)\n"
         "test_dataloader = dict(batch_size=4, num_batch_per_epoch=1)\n"
-        "custom_hooks = []\n"
+        "custom_hooks = [dict(type='visionssm.DirectionsHook', interval=2)]\n"
     )
     assert main_train([str(search), "--work-dir", str(tmp_path / "work")]) == 0
     found = tmp_path / "found.py"
@@ -115,7 +116,14 @@ def test_from_a_search_to_a_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     capsys.readouterr()
     runpy.run_path(str(TOOL), run_name="__main__")
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert len(capsys.readouterr().out.splitlines()) == 9
+    (log,) = (tmp_path / "work").glob("*/vis_data/scalars.json")
+    (row,) = [row for row in map(json.loads, log.read_text().splitlines()) if "directions/0/h" in row]
+    assert row["step"] == 2
+    for layer in range(8):
+        shares = torch.tensor([row[f"directions/{layer}/{name}"] for name in DIRECTIONS])
+        assert shares.sum().item() == pytest.approx(1)
+        assert (shares - 0.125).abs().max() > 0
     cfg = load_config(str(found), {"model.backbone.model_name": "local_vim_nano"})
     trained = torch.load(tmp_path / "work" / "epoch_1.pth", weights_only=False)["state_dict"]  # written by this test
     model = MODELS.build(cfg.model)

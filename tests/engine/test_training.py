@@ -150,6 +150,26 @@ def test_what_is_tested_after_training_is_the_average(tiny):
     assert all(torch.equal(weights, averaged) for weights in seen)
 
 
+def test_both_models_are_validated(tiny):
+    """The figures of both, each from a run without the other's."""
+    path, work = tiny
+    rows = {}
+    for name, hooks in (
+        ("both", [{"type": "visionssm.EMAHook", "decay": 0.9, "validate_both": True}]),
+        ("average", [{"type": "visionssm.EMAHook", "decay": 0.9}]),
+        ("trained", []),
+    ):
+        cfg = load_config(str(path), {"val_dataloader.num_batch_per_epoch": 3})
+        cfg.work_dir, cfg.custom_hooks, cfg.experiment_name = str(work / name), hooks, name
+        Runner.from_cfg(cfg).train()
+        (log,) = (work / name).glob("*/vis_data/scalars.json")
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        rows[name] = {key: [line[key] for line in lines if key in line] for key in ("accuracy/top1", "accuracy/top1_trained")}
+    assert rows["both"]["accuracy/top1"] == rows["average"]["accuracy/top1"]
+    assert rows["both"]["accuracy/top1_trained"] == rows["trained"]["accuracy/top1"]
+    assert rows["trained"]["accuracy/top1"] != rows["average"]["accuracy/top1"]
+
+
 def test_moving_average_counts_updates(tiny):
     """By hand: SGD without momentum, so that the weights after each update follow from the gradients."""
     model = nn.Linear(1, 1, bias=False)

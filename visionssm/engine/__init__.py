@@ -11,7 +11,8 @@ from .optim import OptimWrapper, OptimWrapperConstructor
 from .progress import ProgressHook
 from .runner import Runner
 from .samplers import RepeatedAugmentation
-from .search import DirectionSearch
+from .search import DirectionSearch, DirectionsHook
+from .sharded import FlexibleRunner, ShardedStrategy
 from .stream import ImageStream
 
 __all__ = [
@@ -21,8 +22,10 @@ __all__ = [
     "DataCheckHook",
     "Digits",
     "DirectionSearch",
+    "DirectionsHook",
     "EMAHook",
     "ExportHook",
+    "FlexibleRunner",
     "HubImages",
     "ImageClassifier",
     "ImageFolder",
@@ -36,6 +39,7 @@ __all__ = [
     "RepeatedAugmentation",
     "Runner",
     "RuntimeInfoHook",
+    "ShardedStrategy",
     "TopK",
     "UnreadableImagesHook",
 ]

@@ -17,7 +17,15 @@ CLASSIFIERS = ("visionssm.ImageClassifier", "visionssm.DirectionSearch")
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SHARED = ("data_root", "input_size")  # top-level keys that every data set gets which does not set its own
 
-_RUNNER_KEYS = set(signature(Runner).parameters) | {"default_scope", "custom_imports", "model_wrapper_cfg", "compile", *SHARED}
+_RUNNER_KEYS = set(signature(Runner).parameters) | {
+    "default_scope",
+    "custom_imports",
+    "model_wrapper_cfg",
+    "compile",
+    "runner_type",
+    "strategy",
+    *SHARED,
+}
 _REGISTRIES = (
     root.MODELS,
     root.DATASETS,
@@ -32,6 +40,7 @@ _REGISTRIES = (
     root.VISUALIZERS,
     root.VISBACKENDS,
     root.LOG_PROCESSORS,
+    root.STRATEGIES,
 )
 _DATALOADER_ARGUMENTS = {*signature(DataLoader).parameters, "num_batch_per_epoch"}
 

@@ -14,6 +14,7 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
 from mmengine.model import ExponentialMovingAverage, is_model_wrapper
 from mmengine.runner import Runner
+from mmengine.runner.amp import autocast
 from timm.models import save_for_hf
 
 from visionssm.errors import UserError
@@ -106,15 +107,29 @@ class EMAHook(MMEngineEMAHook):
 
     Args:
         decay: share of the old average that an update keeps.
+        validate_both: validate the trained weights too, before the average; their figures are logged as `<figure>_trained`.
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
+    def __init__(self, decay: float = 0.9999, validate_both: bool = False) -> None:
+        self.validate_both = validate_both
         super().__init__(ema_type="visionssm.WeightAverage", momentum=1 - decay)
 
     def before_run(self, runner: Runner) -> None:
         """Begin an average, unless this runner has one: a test that follows a training is a run of its own to mmengine."""
         if not hasattr(self, "ema_model"):
             super().before_run(runner)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Validate what has been trained, if that is wanted, and put the average in its place."""
+        if self.validate_both:
+            loop = runner.val_loop
+            runner.model.eval()
+            with torch.no_grad(), autocast(enabled=loop.fp16):
+                for batch in loop.dataloader:
+                    loop.evaluator.process(data_samples=runner.model.val_step(batch), data_batch=batch)
+            metrics = loop.evaluator.evaluate(len(loop.dataloader.dataset))
+            runner.visualizer.add_scalars({f"{name}_trained": value for name, value in metrics.items()}, step=runner.epoch)
+        super().before_val_epoch(runner)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Average, if the optimizer has made a step."""
@@ -221,11 +236,17 @@ class ExportHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Write the folder."""
+        backbone = self.trained(runner).backbone
+        if hasattr(runner, "strategy"):  # the weights may be spread over the processes
+            whole = runner.strategy.model_state_dict()
+            backbone = MODELS.build(runner.cfg.model).backbone
         if not is_main_process():
             return
+        if hasattr(runner, "strategy"):
+            backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in whole.items()})
         dataset = runner.train_dataloader.dataset if runner.val_loop is None else runner.val_loop.dataloader.dataset
         save_for_hf(
-            self.trained(runner).backbone,
+            backbone,
             self.path(runner),
             model_config={"label_names": list(dataset.metainfo["classes"])},
             data_config=dataset.data_config,

@@ -23,6 +23,7 @@ from .hooks import ExportHook, UnreadableImagesHook, unwrapped
 from .learning_curve import LearningCurveHook
 from .progress import ProgressHook
 from .runner import Runner
+from .sharded import FlexibleRunner
 from .work_dir import check_space, check_writable
 
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
@@ -181,10 +182,18 @@ def _use_amp(cfg: Config) -> None:
         wrapper.dtype = wrapper.get("dtype") or "bfloat16"
 
 
+def _runner_class(cfg: Config) -> type[Runner] | type[FlexibleRunner]:
+    classes = {"Runner": Runner, "FlexibleRunner": FlexibleRunner}
+    name = cfg.get("runner_type", "Runner")
+    if name not in classes:
+        raise UserError(f"runner_type: got {name!r}, expected {' or '.join(classes)}")
+    return classes[name]
+
+
 @contextmanager
 def _runner(cfg: Config) -> Iterator[Runner]:
     """A Runner whose live display is closed whatever happens."""
-    runner = Runner.from_cfg(cfg)
+    runner = _runner_class(cfg).from_cfg(cfg)
     try:
         yield runner
     finally:

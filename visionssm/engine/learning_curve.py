@@ -61,6 +61,6 @@ def read_logs(work_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
             row = json.loads(line)
             if "loss" in row:
                 training[row["iter"]] = row
-            else:
-                validation[row["step"]] = row
+            elif any(name.startswith("accuracy/") for name in row):
+                validation.setdefault(row["step"], {}).update(row)
     return [training[key] for key in sorted(training)], [validation[key] for key in sorted(validation)]

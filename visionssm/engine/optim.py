@@ -12,6 +12,7 @@ from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import OPTIMIZERS
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from visionssm.errors import UserError, did_you_mean
 from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
@@ -75,7 +76,8 @@ class OptimWrapper(MMEngineOptimWrapper):
 
     def _clip_grad(self) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = self.clip_func(parameters, **self.clip_grad_kwargs)
+        norm = self.clip_func(parameters, **self.clip_grad_kwargs)
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def state_dict(self) -> dict:
         """The optimizer's, and the loss scaler's."""

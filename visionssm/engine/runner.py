@@ -25,12 +25,7 @@ class Runner(MMEngineRunner):
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """The log file takes every line, the terminal only warnings and errors that concern the user."""
-        logger = super().build_logger(*args, **kwargs)
-        for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
-                handler.setLevel(max(handler.level, logging.WARNING))
-                handler.addFilter(lambda record: "deprecated" not in record.getMessage())
-        return logger
+        return quiet(super().build_logger(*args, **kwargs))
 
     def train(self) -> nn.Module:
         """Train; a schedule in iterations goes on while gradients accumulate, of which mmengine would warn."""
@@ -66,14 +61,8 @@ class Runner(MMEngineRunner):
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """Write the checkpoint beside its place and move it there when it is whole."""
-        partial = Path(out_dir) / f"{filename}.partial"
-        try:
+        with written_whole(Path(out_dir) / filename) as partial:
             super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(Path(out_dir) / filename)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load_checkpoint(self, filename: str, map_location: str | Callable = "cpu", strict: bool = True, **kwargs: Any) -> dict:
         """Load a checkpoint that fits the model key by key; code in a pickle is never run.
@@ -81,18 +70,51 @@ class Runner(MMEngineRunner):
         Raises:
             UserError: no such file, a file that is no checkpoint, or a checkpoint of another model.
         """
-        if not Path(filename).is_file():
-            raise UserError(f"checkpoint: no such file: {filename}")
-        try:
-            with _weights_only():
-                return super().load_checkpoint(filename, map_location, strict, **kwargs)
-        except (RuntimeError, UnpicklingError, EOFError) as error:
-            headline, *lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            if "do not match" not in headline:
-                raise UserError(f"checkpoint: {filename} cannot be read: {headline}") from error
-            # all names of a kind are in one line, all shapes that differ in one line each
-            reasons = shortened([shortened(line.split(", ")) for line in lines], separator="; ")
-            raise UserError(f"checkpoint: {filename} is not of this model: {reasons}") from error
+        with explained_loading(filename):
+            return super().load_checkpoint(filename, map_location, strict, **kwargs)
+
+
+def quiet(logger: MMLogger) -> MMLogger:
+    """The log file takes every line, the terminal only warnings and errors that concern the user."""
+    for handler in logger.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.setLevel(max(handler.level, logging.WARNING))
+            handler.addFilter(lambda record: "deprecated" not in record.getMessage())
+    return logger
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A place beside `path` to write to; what is there when all went well is moved to `path`."""
+    partial = Path(f"{path}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained_loading(filename: str) -> Iterator[None]:
+    """Around the loading of a checkpoint: no code in it is run, and what is wrong with it is a UserError.
+
+    Raises:
+        UserError: no such file, a file that is no checkpoint, or a checkpoint of another model.
+    """
+    if not Path(filename).is_file():
+        raise UserError(f"checkpoint: no such file: {filename}")
+    try:
+        with _weights_only():
+            yield
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        headline, *lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if not any(sign in headline for sign in ("do not match", "Error(s) in loading")):
+            raise UserError(f"checkpoint: {filename} cannot be read: {headline}") from error
+        # all names of a kind are in one line, all shapes that differ in one line each
+        reasons = shortened([shortened(line.split(", ")) for line in lines], separator="; ")
+        raise UserError(f"checkpoint: {filename} is not of this model: {reasons}") from error
 
 
 @contextmanager

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from visionssm.errors import UserError
 from visionssm.layers.local_mixer import BiAttn
-from visionssm.registry import MODELS
+from visionssm.registry import HOOKS, MODELS
 
 from .classifier import ImageClassifier, create_backbone
+from .hooks import unwrapped
 
 DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip")
 _KEY = "direction_weights"
@@ -63,6 +66,30 @@ class DirectionSearch(ImageClassifier):
             for name, child in module.named_children():
                 if isinstance(child, BiAttn):
                     setattr(module, name, WeightedBiAttn(child, len(DIRECTIONS)))
+
+
+@HOOKS.register_module()
+class DirectionsHook(Hook):
+    """Logs every direction's share in every layer of a `DirectionSearch`: to the scalars, TensorBoard too, and to the log file.
+
+    Args:
+        interval: iterations between two entries; the published search has 200.
+    """
+
+    def __init__(self, interval: int = 200) -> None:
+        self.interval = interval
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Write an entry, if it is time."""
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        layers = [module for module in unwrapped(runner.model).modules() if isinstance(module, WeightedBiAttn)]
+        weights = torch.stack([layer.direction_weights.detach().flatten() for layer in layers])
+        shares = [dict(zip(DIRECTIONS, row, strict=True)) for row in weights.softmax(1).tolist()]
+        scalars = {f"directions/{number}/{name}": share for number, row in enumerate(shares) for name, share in row.items()}
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+        for number, row in enumerate(shares):
+            runner.logger.info(f"layer {number}: {', '.join(f'{name} {share:.3f}' for name, share in row.items())}")
 
 
 def decode_directions(state_dict: Mapping[str, Tensor], keep: int = 4) -> list[tuple[str, ...]]:
