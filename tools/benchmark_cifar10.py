@@ -22,7 +22,7 @@ from typing import Any
 
 import timm
 import torch
-from benchmark_ops import environment
+from machine import environment
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from safetensors.torch import save_file
@@ -56,8 +56,7 @@ class Job:
         command = [sys.executable, "-m", "visionssm", "train", self.config, "--work-dir", str(self.work_dir)]
         command += ["--compile"] * compiled + ["--cfg-options", *self.options]
         shares = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu}
-        # Bound threads would put all the processes, and the workers that decode, on the machine's first core.
-        environ = os.environ | {name: str(value) for name, value in shares.items()} | {"OMP_PROC_BIND": "false"}
+        environ = os.environ | {name: str(value) for name, value in shares.items()}
         self.began = time.monotonic()
         self.seconds: float | None = None
         with self.log.open("w") as output:

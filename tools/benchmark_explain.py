@@ -20,8 +20,8 @@ from pathlib import Path
 
 import timm
 import torch
-from benchmark_ops import environment
 from document_sections import replace_sections
+from machine import environment
 
 import visionssm  # noqa: F401  registers the models
 from visionssm import explain

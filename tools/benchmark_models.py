@@ -14,7 +14,8 @@ os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch starts threads: u
 
 import timm
 import torch
-from benchmark_ops import environment, interleaved_times, quantiles
+from benchmark_ops import interleaved_times, quantiles
+from machine import environment
 
 import visionssm  # noqa: F401  registers the models
 

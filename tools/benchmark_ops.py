@@ -13,7 +13,6 @@ import importlib.util
 import itertools
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch starts threads: unbound, two of them may share a core
 
 import torch
+from machine import environment
 
 from visionssm.ops import BIDIRECTIONAL, CROSS, cross_selective_scan_packed, selective_scan
 from visionssm.ops.testing import (
@@ -36,10 +36,6 @@ from visionssm.ops.testing import (
     to_float64,
 )
 
-try:
-    import triton
-except ImportError:
-    triton = None
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as mamba_scan  # a peer, timed where it is installed
 except ImportError:
@@ -87,18 +83,6 @@ def wall_times(run: Callable[[], object], seconds: float = 1.0, least: int = 5, 
         sync()
         times.append(1e3 * (time.perf_counter() - start))
     return times
-
-
-def environment(device: str) -> dict[str, str]:
-    """The columns that say where a row comes from."""
-    return {
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.processor() or platform.machine()} x {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "triton": triton.__version__ if triton else "",
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def print_ratios(rows: list[Row], peer: str) -> None:

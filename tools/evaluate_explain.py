@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmark_ops import environment
 from document_sections import replace_sections
+from machine import environment
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 

@@ -20,7 +20,8 @@ os.environ.setdefault("OMP_PROC_BIND", "true")  # before torch starts threads: u
 
 import timm
 import torch
-from benchmark_ops import environment, quantiles, wall_times
+from benchmark_ops import quantiles, wall_times
+from machine import environment
 
 import visionssm  # noqa: F401  registers the models
 from visionssm.commands.models import parameters, zoo
