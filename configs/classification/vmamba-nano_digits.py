@@ -3,4 +3,4 @@
 _base_ = ["../_base_/datasets/digits.py", "../_base_/schedules/adamw-cosine.py", "../_base_/default_runtime.py"]
 
 model = dict(type="visionssm.ImageClassifier", backbone=dict(model_name="vmamba_nano", num_classes=10), label_smoothing=0.1)
-train_cfg = dict(max_epochs=12, val_interval=2)
+train_cfg = dict(max_epochs=4, val_interval=1)
