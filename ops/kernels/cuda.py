@@ -108,7 +108,7 @@ class _Case:
         batch = scan.x.shape[0]
         # All blocks run at once: the next image's reads then hide behind the last one's work.
         self.resident = _resident_warps(kernel, scan.rank) * 32 // self.threads
-        per_block = -(-self.blocks * scan.k * batch // (self.resident * _processors(scan.x.device)))
+        per_block = -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
         self.images = (batch, per_block)
         self.groups = -(-batch // per_block)
 
@@ -176,7 +176,8 @@ def _nvrtc_works(device: torch.device) -> bool:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for a CPU, which emulates one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..paths import parse_path  # noqa: TID252
+from ..paths import parse_path, path_length  # noqa: TID252
 from . import cuda
 from .backward import scan_backward_kernel
 from .forward import scan_forward_kernel
@@ -231,20 +232,17 @@ class _Scan:
         return self.x.new_empty(shape, dtype=torch.float32)
 
     def _length(self) -> int:
-        height, width = self.size
-        windows = (max(parse_path(name).window, 1) for name in self.paths)
-        return max(triton.cdiv(height, w) * triton.cdiv(width, w) * w * w for w in windows)
+        return _facts(self.paths, self.size)[1]
 
     def _splits(self, programs: int, tiles: int) -> tuple[int, int]:
         """Number of splits of every path, and tiles in each: enough programs to fill the device, no more."""
-        wanted = max(1, 8 * _processors(self.x.device) // programs)
+        wanted = max(1, 8 * cuda.processors(self.x.device) // programs)
         per_split = max(triton.cdiv(tiles, wanted), min(tiles, 4))
         return triton.cdiv(tiles, per_split), per_split
 
     def codes(self) -> tuple[int, ...]:
-        specs = [parse_path(name) for name in self.paths]
-        thin = min(self.size) == 1
-        return tuple(2 * (s.window + 1 if s.window else int(s.column and not thin)) + s.flip for s in specs)
+        """What the kernels know the paths by: `2 * kind + flip`, see common.py."""
+        return _facts(self.paths, self.size)[0]
 
     def _common(self, tiles: int, block: int) -> tuple[dict[str, object], int]:
         """The arguments that both kernels take, and the number of programs."""
@@ -261,7 +259,7 @@ class _Scan:
         arguments |= {
             "height": height, "width": width, "channels": self.channels, "tiles": tiles, "tiles_per_split": per_split,
             "splits": splits,
-            "PATHS": self.codes(), "WINDOWS": any(parse_path(name).window for name in self.paths), "N": self.n,
+            "PATHS": self.codes(), "WINDOWS": max(self.codes()) >= 4, "N": self.n,
             "R": 0 if self.weight is None else self.rank,
             "RANK": self.rank, "PACKED": self.packed,
             "HAS_D": self.D is not None, "HAS_BIAS": self.bias is not None, "HAS_Z": self.z is not None,
@@ -338,7 +336,7 @@ class _Scan:
         block = max(16, triton.next_power_of_2(channels))
         with _device(dv):
             if options["BR"] * block <= 4096:
-                chunks = min(triton.cdiv(8 * _processors(dv.device), k), triton.cdiv(positions, 32) * batch)
+                chunks = min(triton.cdiv(8 * cuda.processors(dv.device), k), triton.cdiv(positions, 32) * batch)
                 parts = dv.new_empty((chunks, *self.weight.shape), dtype=torch.float32)
                 projection_gradients_kernel[(k * chunks,)](
                     dv, self.dt, self.weight, ddt, parts, batch, positions, channels, chunks, *strides,
@@ -346,7 +344,7 @@ class _Scan:
                 )  # fmt: skip
                 return parts.sum(0)
             blocks = triton.cdiv(positions, 64)
-            chunks = min(triton.cdiv(8 * _processors(dv.device), k * triton.cdiv(channels, 64)), blocks * batch)
+            chunks = min(triton.cdiv(8 * cuda.processors(dv.device), k * triton.cdiv(channels, 64)), blocks * batch)
             parts = dv.new_empty((chunks, *self.weight.shape), dtype=torch.float32)
             step_gradient_kernel[(blocks * k * batch,)](
                 dv, self.weight, ddt, positions, channels, *strides[4:], TF32=split, BP=64, BC=64, **options
@@ -370,6 +368,15 @@ class _Scan:
             ends, totals, self.A, carry, count, self.k, splits, self.channels, stride_path, stride_split,
             REVERSE=REVERSE, N=self.n, SPLITS=padded, BLOCK=block, num_warps=4,
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _facts(paths: tuple[str, ...], size: tuple[int, int]) -> tuple[tuple[int, ...], int]:
+    """The codes of paths over a map, and the steps of the longest, window padding included."""
+    specs = [parse_path(name) for name in paths]
+    thin = min(size) == 1
+    codes = tuple(2 * (s.window + 1 if s.window else int(s.column and not thin)) + s.flip for s in specs)
+    return codes, max(path_length(name, *size) for name in paths)
 
 
 def _grouped(m: Tensor, groups: int) -> Tensor:
@@ -426,10 +433,6 @@ def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 def _wide(*maps: Tensor) -> bool:
     """Whether an offset inside one image of one path can exceed 32 bits."""
     return any((m.shape[-2] - 1) * m.stride(-2) + (m.shape[-1] - 1) * m.stride(-1) >= 2**31 for m in maps)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _device(t: Tensor) -> torch.cuda.device:
