@@ -94,7 +94,7 @@ def channels_per_block(scan: _Scan) -> int:
 def _resident_warps(kernel: str, rank: int) -> int:
     """Warps on a multiprocessor: what registers and shared memory have room for."""
     if kernel == "scan_forward":
-        return 16 if rank <= 24 else 12
+        return 16 if rank <= 24 else 12 if rank <= 48 else 10
     return 12 if rank <= 24 else 9
 
 

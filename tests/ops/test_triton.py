@@ -1,6 +1,8 @@
 """Choosing the Triton backend, and its kernels under Triton's interpreter in a pytest process of their own."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,11 +15,13 @@ from visionssm.ops import backends, cross_selective_scan
 from visionssm.ops.testing import cross_selective_scan_inputs
 
 
-def test_kernels_under_the_interpreter():
-    """The interpreter is chosen when Triton is first imported, hence the new process."""
+@pytest.mark.parametrize("kernels", ["test_triton_kernels.py", "test_csrc_kernels.py"])
+def test_kernels_under_the_interpreter(kernels):
+    """The interpreter is chosen when Triton is first imported, hence the new process. CUDA C++ is emulated beside it."""
     pytest.importorskip("triton")
-    kernels = Path(__file__).with_name("test_triton_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(kernels)]
+    if kernels == "test_csrc_kernels.py" and shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(kernels))]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert " skipped" not in run.stdout, run.stdout[-2000:]
@@ -85,3 +89,42 @@ def test_the_interpreter_takes_cpu_tensors_only(monkeypatch):
     assert backends.can_run_triton(torch.zeros(1)) is None
     assert "CPU tensors" in backends.can_run_triton(_OnGpu())
     assert backends.choose_backend(torch.zeros(1)) == "chunked"
+
+
+def test_shared_memory_is_what_the_kernels_ask_for():
+    """cuda.py states the size of csrc's `Shared`, which asserts it when compiled; a Hopper multiprocessor has 227 KiB."""
+    from types import SimpleNamespace
+
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import cuda
+
+    for rank in (1, 6, 12, 24, 25, 48, 49, cuda.MAX_RANK):
+        for kernel in ("scan_forward", "scan_backward"):
+            scan = SimpleNamespace(rank=rank, channels=768, k=4, x=torch.empty(2, 1, 9, 768))
+            case = cuda._Case(kernel, scan, scaled=True)
+            assert case.resident * (case._shared_bytes(kernel == "scan_backward") + 1024) <= 227 * 1024, (kernel, rank)
+
+
+def test_no_nvrtc_is_told_once(monkeypatch):
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import cuda
+
+    def compile_kernel(*args):
+        raise OSError("no libnvrtc")
+
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", compile_kernel)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.delenv("VISIONSSM_CSRC", raising=False)
+    cuda._nvrtc_works.cache_clear()
+    with pytest.warns(RuntimeWarning, match="NVRTC cannot compile.*Triton kernels serve.*no libnvrtc"):
+        assert not cuda.enabled(torch.device("cuda", 0))
+    assert not cuda.enabled(torch.device("cuda", 0))
+    cuda._nvrtc_works.cache_clear()
+
+
+def test_the_kernels_can_be_turned_off(monkeypatch):
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import cuda
+
+    monkeypatch.setenv("VISIONSSM_CSRC", "0")
+    assert not cuda.enabled(torch.device("cuda", 0))
