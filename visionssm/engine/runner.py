@@ -44,6 +44,10 @@ class Runner(MMEngineRunner):
         if isinstance(dataloader, dict) and dataloader.get("pin_memory") and not torch.cuda.is_available():
             dataloader = {**dataloader, "pin_memory": False}
         loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
+        if hasattr(loader.dataset, "__len__") and not len(loader.dataset):
+            raise UserError(
+                "dataset: no image is left; a detector's filter_cfg drops images without boxes and images smaller than min_size"
+            )
         if hasattr(loader.dataset, "set_loader"):
             loader.dataset.set_loader(loader.batch_size, loader.num_workers)
         return loader
