@@ -62,4 +62,4 @@ class TopK(BaseMetric):
 
 def in_percent(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics under their bare names, all in percent: mmdet's COCO metrics, and no others here, come as shares of 1."""
-    return {name.rsplit("/", 1)[-1]: value * (100 if name.startswith("coco/") else 1) for name, value in metrics.items()}
+    return {name.rsplit("/", 1)[-1]: float(value) * (100 if name.startswith("coco/") else 1) for name, value in metrics.items()}

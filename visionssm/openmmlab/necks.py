@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from visionssm.errors import UserError
 from visionssm.registry import MODELS
 
+MODELS.register_module(module=LayerNorm2d)  # over the channels, for `norm_cfg=dict(type="visionssm.LayerNorm2d")` of heads
+
 SCALES = (4.0, 2.0, 1.0, 0.5)
 
 
