@@ -39,16 +39,18 @@ demo: $(VENV)/.installed-train  ## train a nano VMamba on real handwritten digit
 	$(BIN)/python tools/train.py configs/classification/vmamba-nano_digits.py
 
 demo-detection: $(VENV)/.installed-openmmlab  ## train a nano detector on scenes of handwritten digits, six minutes on two cores
+	$(BIN)/python tools/draw_digit_scenes.py work_dirs/digit-scenes
 	$(BIN)/python tools/train.py configs/detection/mask-rcnn_vmamba-nano_fpn_digit-scenes.py
 
 demo-segmentation: $(VENV)/.installed-openmmlab  ## train a nano segmentor on the same scenes, a few minutes on two cores
+	$(BIN)/python tools/draw_digit_scenes.py work_dirs/digit-scenes
 	$(BIN)/python tools/train.py configs/segmentation/upernet_vmamba-nano_digit-scenes.py
 
 test: $(VENV)/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest
 
 test-openmmlab: $(VENV)/.installed-openmmlab  ## run the tests that need mmdet and mmseg, compiling mmcv on the first call; none may skip
-	VISIONSSM_REQUIRE_OPENMMLAB=1 $(BIN)/python -m pytest -m openmmlab
+	VISIONSSM_REQUIRE_OPENMMLAB=1 $(BIN)/python -m pytest tests/openmmlab
 
 parity: $(VENV)/.installed-dev  ## print how far every model is from the published one
 	$(BIN)/python -m pytest -q tests/models -k parity
