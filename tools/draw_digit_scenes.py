@@ -56,8 +56,8 @@ def scene(glyphs: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> t
     image = np.clip(shade + rng.normal(0, 8, (SIDE, SIDE, 3)), 0, 255)
     semantic = np.full((SIDE, SIDE), BACKGROUND, np.uint8)
     objects = []
-    for _ in range(rng.integers(2, 6)):
-        index, size = rng.integers(len(labels)), int(rng.integers(24, 41))
+    for _ in range(rng.integers(2, 7)):
+        index, size = rng.integers(len(labels)), int(rng.integers(30, 45))
         top, left = rng.integers(0, SIDE - size, 2)
         window = np.s_[top : top + size, left : left + size]
         if (semantic[window] != BACKGROUND).any():
@@ -65,7 +65,7 @@ def scene(glyphs: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> t
         stroke = np.asarray(Image.fromarray(glyphs[index]).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
         image[window] = (1 - stroke) * image[window] + stroke * rng.integers(130, 256, 3)
         mask = np.zeros((SIDE, SIDE), bool)
-        mask[window] = stroke[..., 0] > 0.4
+        mask[window] = stroke[..., 0] > 0.3
         semantic[mask] = labels[index]
         objects.append((int(labels[index]), mask))
     return image.astype(np.uint8), semantic, objects
