@@ -1,7 +1,7 @@
 """Scenes of scikit-learn's handwritten digits, as files for detectors and segmentors: `python tools/draw_digit_scenes.py FOLDER`.
 
 FOLDER gets {train,val}/*.png, annotations/instances_{train,val}.json with boxes and masks in COCO's format, and
-semantic/{train,val}/*.png, where 0 to 9 are the digits and 10 is the background. No digit is in scenes of both splits.
+semantic/{train,val}/*.png, 0 for the background and 1 for a digit. No digit is in scenes of both splits.
 """
 
 import argparse
@@ -13,7 +13,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 SIDE = 96  # pixels of a scene
-BACKGROUND = 10
 SCENES = {"train": 400, "val": 50}
 
 
@@ -54,19 +53,19 @@ def scene(glyphs: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> t
     """An image `(SIDE, SIDE, 3)` uint8, its semantic map, and the label and the mask of each digit; digits do not overlap."""
     shade = rng.integers(0, 90, 3)
     image = np.clip(shade + rng.normal(0, 8, (SIDE, SIDE, 3)), 0, 255)
-    semantic = np.full((SIDE, SIDE), BACKGROUND, np.uint8)
+    semantic = np.zeros((SIDE, SIDE), np.uint8)
     objects = []
     for _ in range(rng.integers(2, 7)):
         index, size = rng.integers(len(labels)), int(rng.integers(30, 45))
         top, left = rng.integers(0, SIDE - size, 2)
         window = np.s_[top : top + size, left : left + size]
-        if (semantic[window] != BACKGROUND).any():
+        if semantic[window].any():
             continue
         stroke = np.asarray(Image.fromarray(glyphs[index]).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
         image[window] = (1 - stroke) * image[window] + stroke * rng.integers(130, 256, 3)
         mask = np.zeros((SIDE, SIDE), bool)
         mask[window] = stroke[..., 0] > 0.3
-        semantic[mask] = labels[index]
+        semantic[mask] = 1
         objects.append((int(labels[index]), mask))
     return image.astype(np.uint8), semantic, objects
 

@@ -259,7 +259,7 @@ def test_images_without_boxes():
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         losses = model.train().train_step(batch(cfg, boxes=0), optim)
     assert torch.isfinite(losses["loss"])
-    assert float(losses["loss_mask"]) == 0.0
+    assert losses["loss_mask"].item() == 0.0
 
 
 @pytest.mark.parametrize(

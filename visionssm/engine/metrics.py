@@ -61,5 +61,9 @@ class TopK(BaseMetric):
 
 
 def in_percent(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics under their bare names, all in percent: mmdet's COCO metrics, and no others here, come as shares of 1."""
-    return {name.rsplit("/", 1)[-1]: float(value) * (100 if name.startswith("coco/") else 1) for name, value in metrics.items()}
+    """Metrics under their bare names, all in percent: mmdet's COCO metrics, and no others here, come as shares of 1.
+
+    Those of object sizes that do not occur, which COCO gives as -1, are left out.
+    """
+    scale = {name: 100 if name.startswith("coco/") else 1 for name in metrics}
+    return {name.rsplit("/", 1)[-1]: float(value) * scale[name] for name, value in metrics.items() if value != -1}

@@ -1,21 +1,6 @@
-# Scenes of scikit-learn's digits, which tools/draw_digit_scenes.py draws into `data_root`; class 10 is the background
+# Scenes of scikit-learn's digits, which tools/draw_digit_scenes.py draws into `data_root`
 data_root = "work_dirs/digit-scenes"
-metainfo = dict(
-    classes=("0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "background"),
-    palette=[
-        [230, 25, 75],
-        [60, 180, 75],
-        [255, 225, 25],
-        [0, 130, 200],
-        [245, 130, 48],
-        [145, 30, 180],
-        [70, 240, 240],
-        [240, 50, 230],
-        [210, 245, 60],
-        [250, 190, 212],
-        [0, 0, 0],
-    ],
-)
+metainfo = dict(classes=("background", "digit"), palette=[[0, 0, 0], [230, 25, 75]])
 
 train_dataloader = dict(
     batch_size=4,
