@@ -20,17 +20,21 @@ else:
     from mmengine.visualization import Visualizer
 
 
-@pytest.fixture(autouse=True)
-def fresh_mmengine():
-    """mmengine names its global objects by config and second: two tests in one second would share them."""
-    yield
-    if MISSING:
-        return
-    for manager in (DefaultScope, MessageHub, MMLogger, Visualizer):
+def forget_instances():
+    """mmengine names its global objects by config and second, or not at all: two runs in one process would share them."""
+    for manager in (DefaultScope, MessageHub, MMLogger, Visualizer, *Visualizer.__subclasses__()):
         for logger in manager._instance_dict.values():
             for handler in getattr(logger, "handlers", ()):
                 handler.close()
         manager._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_mmengine():
+    """A function that makes mmengine forget its global objects, as happens after every test."""
+    yield forget_instances
+    if not MISSING:
+        forget_instances()
 
 
 @pytest.fixture
