@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Both threads on one core make a CPU run a hundred times slower.
 export OMP_PROC_BIND ?= true
 
-.PHONY: help demo test test-timm parity dev lint format bench clean
+.PHONY: help demo demo-detection demo-segmentation test test-openmmlab test-timm parity dev lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -24,11 +24,33 @@ $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt | $(BIN)/python
 	  $(BIN)/python -m pip uninstall -q -y opencv-python && $(BIN)/python -m pip install -q --force-reinstall --no-deps -c constraints.txt opencv-python-headless; }
 	@touch $@
 
+# mmcv's operators are compiled once, 10 to 14 minutes on two cores; pip keeps the wheel (`pip cache list onedl_mmcv`). It needs a C++17
+# compiler, torch in the same environment, hence no build isolation, and these four; MAX_JOBS=2 keeps it within 4 GB of memory.
+$(VENV)/.installed-openmmlab: pyproject.toml setup.py constraints.txt | $(VENV)/.installed-dev
+	@command -v c++ >/dev/null || { echo "mmcv needs a C++ compiler (Debian: apt-get install g++)"; exit 1; }
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja psutil
+	MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation --no-deps onedl-mmcv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[openmmlab]'
+	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
+	  $(BIN)/python -m pip uninstall -q -y opencv-python && $(BIN)/python -m pip install -q --force-reinstall --no-deps -c constraints.txt opencv-python-headless; }
+	@touch $@
+
 demo: $(VENV)/.installed-train  ## train a nano VMamba on real handwritten digits, about two minutes on two cores
 	$(BIN)/python tools/train.py configs/classification/vmamba-nano_digits.py
 
+demo-detection: $(VENV)/.installed-openmmlab  ## train a nano detector on scenes of handwritten digits, six minutes on two cores
+	$(BIN)/python tools/draw_digit_scenes.py work_dirs/digit-scenes
+	$(BIN)/python tools/train.py configs/detection/mask-rcnn_vmamba-nano_fpn_digit-scenes.py
+
+demo-segmentation: $(VENV)/.installed-openmmlab  ## train a nano segmentor on the same scenes, a few minutes on two cores
+	$(BIN)/python tools/draw_digit_scenes.py work_dirs/digit-scenes
+	$(BIN)/python tools/train.py configs/segmentation/upernet_vmamba-nano_digit-scenes.py
+
 test: $(VENV)/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest
+
+test-openmmlab: $(VENV)/.installed-openmmlab  ## run the tests that need mmdet and mmseg, compiling mmcv on the first call; none may skip
+	VISIONSSM_REQUIRE_OPENMMLAB=1 $(BIN)/python -m pytest tests/openmmlab
 
 parity: $(VENV)/.installed-dev  ## print how far every model is from the published one
 	$(BIN)/python -m pytest -q tests/models -k parity

@@ -35,10 +35,14 @@ def check_engine() -> None:
 check_engine()
 
 from mmengine import registry as root  # noqa: E402
+from mmengine.config.utils import MODULE2PACKAGE  # noqa: E402
 from mmengine.registry import Registry  # noqa: E402
 
+# The maintained distribution of mmseg has another name, by which mmengine does not find the configs of `mmseg::`.
+MODULE2PACKAGE["mmseg"] = "mmseg"
+
 SCOPE = "visionssm"
-LOCATIONS = ["visionssm.engine"]
+LOCATIONS = ["visionssm.engine", "visionssm.openmmlab"]
 
 MODELS = Registry("model", parent=root.MODELS, scope=SCOPE, locations=LOCATIONS)
 DATASETS = Registry("dataset", parent=root.DATASETS, scope=SCOPE, locations=LOCATIONS)

@@ -95,7 +95,7 @@ def _resident_warps(kernel: str, rank: int) -> int:
     """Warps on a multiprocessor: what registers and shared memory have room for."""
     if kernel == "scan_forward":
         return 16 if rank <= 24 else 12 if rank <= 48 else 10
-    return 12 if rank <= 24 else 9
+    return 12 if rank <= 24 else 9 if rank <= 48 else 6
 
 
 class _Case:

@@ -58,7 +58,7 @@ def test_weight_decay_groups():
     assert "backbone.head.bias" in names
     assert "backbone.head.weight" not in names
     assert len(groups[0.0]) + len(groups[0.05]) == len(list(model.parameters()))
-    with pytest.raises(UserError, match=r"paramwise_cfg.norm_decay_mult: expected decay or layer_decay"):
+    with pytest.raises(UserError, match=r"paramwise_cfg.norm_decay_mult: expected decay, no_decay, layer_decay"):
         OptimWrapperConstructor({}, {"norm_decay_mult": 0})
 
 

@@ -344,7 +344,7 @@ def test_initial_weights_of_another_stride(tmp_path):
         (["optim_wrapper.optimizer.type=AdmW"], "optimizer.type: unknown type 'AdmW'; did you mean AdamW"),
         (
             ["optim_wrapper.paramwise_cfg.layer_decai=0.8"],
-            "paramwise_cfg.layer_decai: expected decay or layer_decay.*did you mean layer_decay",
+            "paramwise_cfg.layer_decai: expected decay, no_decay, layer_decay.*did you mean layer_decay",
         ),
         (
             ["optim_wrapper.accumulate=2"],

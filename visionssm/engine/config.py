@@ -1,6 +1,7 @@
 """From a config file and the command line's changes to a config that has been checked."""
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
 
@@ -42,6 +43,7 @@ _REGISTRIES = (
     root.LOG_PROCESSORS,
     root.STRATEGIES,
 )
+_INSTALL = "pip install 'visionssm[openmmlab]'"
 _DATALOADER_ARGUMENTS = {*signature(DataLoader).parameters, "num_batch_per_epoch"}
 
 
@@ -58,17 +60,23 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
     path = config_path(name)
     try:
         cfg = Config.fromfile(path)
+    except ModuleNotFoundError as error:  # a base config of mmdet or mmseg
+        raise UserError(f"{path}: {first_line(error)}: {_INSTALL}") from error
     except Exception as error:  # a config is code: anything can be wrong in it
         raise UserError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
     for key in overrides or {}:
         _check_key(cfg, key)
+    written = cfg.get("data_root")
     cfg.merge_from_dict(dict(overrides or {}))
+    if written is not None:
+        _move_data(cfg, written, cfg.data_root)
+    scope = _imported_scope(cfg)
     for key in cfg:
         # a config may name helper variables of its own, so only what looks like a slip is refused
         if key not in _RUNNER_KEYS and (near := did_you_mean(key, _RUNNER_KEYS, cutoff=0.85)):
             raise UserError(f"{cfg.filename}: unknown key {key!r}{near}")
     for path, node in _walk(cfg):
-        _check_arguments(path, node)
+        _check_arguments(path, node, scope)
     _check_schedule(cfg)
     for dataset in _datasets(cfg):
         accepted = set().union(*(_parameters(cls) or () for cls in _resolve(dataset["type"])))
@@ -94,6 +102,31 @@ def _check_schedule(cfg: Config) -> None:
                 f"train_cfg.max_epochs: got {epochs}, expected more than {begin}, where {scheduler['type']} begins; for a shorter "
                 f"training lower param_scheduler.{number}.begin, and the end of what comes before it, too"
             )
+
+
+def _imported_scope(cfg: Config) -> str | None:
+    """The package whose types the config names without a prefix, imported.
+
+    Raises:
+        UserError: it, or what it needs, is not installed.
+    """
+    scope = cfg.get("default_scope")
+    if scope not in (None, "mmengine", registry.SCOPE):
+        try:
+            import_module(f"{scope}.registry")
+            import_module("mmcv.ops")
+        except ImportError as error:
+            raise UserError(f"{cfg.filename}: {scope} is needed: {first_line(error)}: {_INSTALL}") from error
+    return scope
+
+
+def _move_data(node: Any, old: str, new: str) -> None:
+    """Paths below the `data_root` that a config was written with, to the one that it has now."""
+    for key, value in node.items() if isinstance(node, Mapping | Config) else enumerate(node):
+        if isinstance(value, str) and (value == old or value.startswith(f"{old.rstrip('/')}/")):
+            node[key] = f"{new.rstrip('/')}{value.removeprefix(old.rstrip('/'))}"
+        elif isinstance(value, Mapping | list):
+            _move_data(value, old, new)
 
 
 def _datasets(cfg: Config) -> Iterator[ConfigDict]:
@@ -131,13 +164,18 @@ def _walk(node: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
         yield from _walk(value, f"{path}.{key}" if path else str(key))
 
 
-def _check_arguments(path: str, node: Mapping) -> None:
+def _check_arguments(path: str, node: Mapping, scope: str | None) -> None:
     """Refuse keys that the constructor of `type` does not take."""
     if path in DATALOADERS:
         allowed, what = _DATALOADER_ARGUMENTS, "DataLoader"
     elif isinstance(node.get("type"), str):
+        prefix = node["type"].rpartition(".")[0]
+        if (
+            scope and prefix != registry.SCOPE
+        ):  # mmdet and mmseg have types outside of registries, and arguments their builders take
+            return
         found = _resolve(node["type"])
-        if not found and node["type"].rpartition(".")[0] in ("", registry.SCOPE):  # others are of packages that may be missing here
+        if not found and prefix in ("", registry.SCOPE):  # others are of packages that may be missing here
             known = [*_own_types(), *(name for searched in _REGISTRIES for name in searched.module_dict)]
             raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], known)}")
         candidates = [parameters for cls in found if (parameters := _parameters(cls)) is not None]

@@ -18,10 +18,12 @@ from visionssm.errors import UserError, first_line
 
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
+from .dense import check_channels, check_files
 from .distributed import process_group
 from .hooks import ExportHook, UnreadableImagesHook, unwrapped
 from .learning_curve import LearningCurveHook
-from .progress import ProgressHook
+from .metrics import in_percent
+from .progress import ProgressHook, position
 from .runner import Runner
 from .sharded import FlexibleRunner
 from .work_dir import check_space, check_writable
@@ -45,8 +47,8 @@ def main_test(argv: Sequence[str] | None = None) -> int:
     return _run(test, parser, argv)
 
 
-def train(args: Namespace) -> None:
-    """What `main_train` does, with parsed arguments.
+def train(args: Namespace) -> dict[str, float]:
+    """What `main_train` does, with parsed arguments. Returns the test's metrics, in percent.
 
     Raises:
         UserError: wrong input.
@@ -54,6 +56,7 @@ def train(args: Namespace) -> None:
     """
     with _explained(), process_group() as distributed:
         cfg = _prepare(args, distributed)
+        check_files(cfg)
         if args.amp:
             _use_amp(cfg)
         if args.resume:
@@ -69,17 +72,18 @@ def train(args: Namespace) -> None:
             except KeyboardInterrupt:
                 _say_how_to_resume(runner)
                 raise
-            report(runner, checkpoint=newest_checkpoint(cfg.work_dir))
+            return report(runner, checkpoint=newest_checkpoint(cfg.work_dir))
 
 
-def test(args: Namespace) -> None:
-    """What `main_test` does, with parsed arguments.
+def test(args: Namespace) -> dict[str, float]:
+    """What `main_test` does, with parsed arguments. Returns the metrics, in percent.
 
     Raises:
         UserError: wrong input.
     """
     with _explained(), process_group() as distributed:
         cfg = _prepare(args, distributed)
+        check_files(cfg, ["test_dataloader"])
         cfg.load_from = args.checkpoint
         # the averaged weights are a checkpoint's weights, so nothing is left to average or to swap
         cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks", []) if hook["type"] not in ("EMAHook", "visionssm.EMAHook")]
@@ -88,14 +92,14 @@ def test(args: Namespace) -> None:
                 raise UserError(f"--tta: expected a model of type {' or '.join(CLASSIFIERS)}, got {cfg.model.get('type')}")
             cfg.model.flip_test = True
         with _runner(cfg) as runner:
-            report(runner, checkpoint=args.checkpoint)
+            return report(runner, checkpoint=args.checkpoint)
 
 
-def report(runner: Runner, checkpoint: str | None) -> None:
-    """Run the test and print its result and where everything lies."""
-    metrics = runner.test()
+def report(runner: Runner, checkpoint: str | None) -> dict[str, float]:
+    """Run the test, print its result, in percent, and where everything lies; return the result."""
+    metrics = in_percent(runner.test())
     for name, value in metrics.items():
-        _say(f"{name.rsplit('/', 1)[-1].replace('top', 'top-')}: {value:.1f} %")
+        _say(f"{name.replace('top', 'top-')}: {value:.1f} %")
     unreadable = sum(len(hook.paths) for hook in runner.hooks if isinstance(hook, UnreadableImagesHook))
     if unreadable:
         _say(f"{unreadable} images could not be read and were skipped: {UnreadableImagesHook.path(runner)}")
@@ -105,6 +109,7 @@ def report(runner: Runner, checkpoint: str | None) -> None:
             places[name] = hook.path(runner)
     for name, place in places.items():
         _say(f"{name:10}  {_short(place)}")
+    return metrics
 
 
 def newest_checkpoint(work_dir: str | Path) -> str | None:
@@ -195,6 +200,7 @@ def _runner(cfg: Config) -> Iterator[Runner]:
     """A Runner whose live display is closed whatever happens."""
     runner = _runner_class(cfg).from_cfg(cfg)
     try:
+        check_channels(unwrapped(runner.model))
         yield runner
     finally:
         for hook in runner.hooks:
@@ -210,7 +216,7 @@ def _say_how_to_resume(runner: Runner) -> None:
     python = ["python"] if sys.argv[0].endswith(".py") else []
     command = shlex.join([*python, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
     state = f"last checkpoint {_short(checkpoint)}; go on with: {command}" if checkpoint else "no checkpoint had been written yet"
-    _say(f"interrupted in epoch {runner.epoch + 1} of {runner.max_epochs}: {state}")
+    _say(f"interrupted in {position(runner, ' of ')}: {state}")
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Top-k accuracy."""
+"""Top-k accuracy, and metrics as they are shown."""
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -58,3 +58,12 @@ class TopK(BaseMetric):
         if len(ranks) == 0:
             raise UserError(f"data_root: none of the {len(results)} images to evaluate can be read")
         return {f"top{k}": 100 * (ranks < k).double().mean().item() for k in self.topk}
+
+
+def in_percent(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics under their bare names, all in percent: mmdet's COCO metrics, and no others here, come as shares of 1.
+
+    Those of object sizes that do not occur, which COCO gives as -1, are left out.
+    """
+    scale = {name: 100 if name.startswith("coco/") else 1 for name in metrics}
+    return {name.rsplit("/", 1)[-1]: float(value) * scale[name] for name, value in metrics.items() if value != -1}

@@ -99,23 +99,25 @@ class OptimWrapperConstructor:
     Args:
         optim_wrapper_cfg: `type` and arguments of the OptimWrapper, with the `optimizer` in it.
         paramwise_cfg: `decay`, endings of names that are decayed although `no_weight_decay()` names them, as the published
-            training did it; `layer_decay`, the factor of the learning rate from one layer to the layer before it, in the
-            groups of the backbone's `group_matcher()`.
+            training did it; `no_decay`, patterns of the names that are not decayed, in place of timm's rule, as OpenMMLab's
+            recipes have it, `decay` still coming first; `layer_decay`, the factor of the learning rate from one layer to the
+            layer before it, in the groups of the backbone's `group_matcher()`.
 
     Raises:
         UserError: another key in `paramwise_cfg`.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
-        known = ("decay", "layer_decay")
+        known = ("decay", "no_decay", "layer_decay")
         for key in paramwise_cfg or {}:
             if key not in known:
                 raise UserError(
-                    f"optim_wrapper.paramwise_cfg.{key}: expected {' or '.join(known)}; further groups come from the model's "
+                    f"optim_wrapper.paramwise_cfg.{key}: expected {', '.join(known)}; further groups come from the model's "
                     f"no_weight_decay(){did_you_mean(key, known)}"
                 )
         self.optim_wrapper_cfg = optim_wrapper_cfg
         self.decay = tuple((paramwise_cfg or {}).get("decay", ()))
+        self.no_decay = (paramwise_cfg or {}).get("no_decay")
         self.layer_decay = (paramwise_cfg or {}).get("layer_decay", 1.0)
 
     def __call__(self, model: nn.Module) -> MMEngineOptimWrapper:
@@ -129,14 +131,17 @@ class OptimWrapperConstructor:
 
     def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The groups that learn fastest first: the first one's learning rate is what the logs show."""
-        excluded = no_weight_decay(model)
+        excluded = no_weight_decay(model) if self.no_decay is None else self.no_decay
         scales = layer_scales(model, self.layer_decay)
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             named = any(fnmatch(name, pattern) for pattern in excluded) and not name.endswith(self.decay)
-            decayed = parameter.ndim > 1 and not name.endswith(".bias") and not named
+            if self.no_decay is None:
+                decayed = parameter.ndim > 1 and not name.endswith(".bias") and not named
+            else:
+                decayed = not named
             groups.setdefault((scales.get(name, 1.0), decayed), []).append(parameter)
         return [
             {"params": groups[key], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
@@ -154,9 +159,9 @@ def no_weight_decay(model: nn.Module) -> set[str]:
 
 
 def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Factors of the learning rate by parameter name: 1 in a backbone's last group, `layer_decay` in the one before it, and so on.
+    """Factors of the learning rate by parameter name: 1 in a classifier's last group, its head, `layer_decay` before it, and so on.
 
-    Parameters outside a module with a `group_matcher()` are not named.
+    Parameters outside a module with a `group_matcher()`, such as a detector's heads, are not named; they count as the last group.
     """
     if layer_decay == 1.0:
         return {}
@@ -164,6 +169,7 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     for path, module in model.named_modules():
         if hasattr(module, "group_matcher"):
             layers = group_parameters(module, module.group_matcher(coarse=False), reverse=True)
-            last = max(layers.values())
+            heads_outside = len(layers) < sum(1 for _ in model.parameters())
+            last = max(layers.values()) + heads_outside
             scales |= {f"{path}.{name}" if path else name: layer_decay ** (last - layer) for name, layer in layers.items()}
     return scales

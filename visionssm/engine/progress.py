@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from visionssm.registry import HOOKS
+
+from .metrics import in_percent
 
 
 @HOOKS.register_module()
@@ -45,16 +47,16 @@ class ProgressHook(Hook):
         if self.bar and time.monotonic() - self.shown > self.refresh:
             self.shown = time.monotonic()
             status = self.status(runner, runner.iter + 1, self.metrics)
-            self.show(f"epoch {runner.epoch + 1}/{runner.max_epochs}", runner.iter + 1, status)
+            self.show(position(runner), runner.iter + 1, status)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Without a terminal: one line per epoch."""
-        self.print_line(f"epoch {runner.epoch + 1}/{runner.max_epochs}  {self.status(runner, runner.iter, {})}")
+        self.print_line(f"{position(runner)}  {self.status(runner, runner.iter, {})}")
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Show the newest validation result in the bar; without a terminal: a line."""
-        self.metrics = {name.rsplit("/", 1)[-1]: value for name, value in (metrics or {}).items()}
-        epoch = f"epoch {runner.epoch}/{runner.max_epochs}"
+        self.metrics = in_percent(metrics or {})
+        epoch = position(runner, done=True)
         self.show(epoch, runner.iter, self.status(runner, runner.iter, self.metrics))
         self.print_line(f"{epoch}  {'  '.join(_validation(self.metrics))}")
 
@@ -117,6 +119,14 @@ class ProgressHook(Hook):
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+def position(runner: Runner, of: str = "/", done: bool = False) -> str:
+    """How far training is: the epoch that runs, or is done, or where a schedule has no epochs the iteration."""
+    unit, number, total = "epoch", runner.epoch, runner.max_epochs
+    if isinstance(runner.train_loop, IterBasedTrainLoop):
+        unit, number, total = "iteration", runner.iter, runner.max_iters
+    return f"{unit} {min(number + (not done), total)}{of}{total}"
 
 
 def _validation(metrics: dict[str, float]) -> list[str]:

@@ -38,7 +38,13 @@ class Runner(MMEngineRunner):
         """Also of an iterable data set, which shards itself by what it learns of the loader here; pins memory for a GPU alone."""
         if isinstance(dataloader, dict) and dataloader.get("pin_memory") and not torch.cuda.is_available():
             dataloader = {**dataloader, "pin_memory": False}
-        loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
+        try:
+            loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
+        except ValueError as error:  # how mmengine's data sets fail when nothing is left to store
+            if "need at least one array to concatenate" not in str(error):
+                raise
+            reason = "a detector's filter_cfg drops images without boxes and images smaller than min_size"
+            raise UserError(f"dataset: no image is left; {reason}") from error
         if hasattr(loader.dataset, "set_loader"):
             loader.dataset.set_loader(loader.batch_size, loader.num_workers)
         return loader

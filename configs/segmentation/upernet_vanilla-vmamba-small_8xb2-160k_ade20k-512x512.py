@@ -1,0 +1,3 @@
+_base_ = "../_base_/segmentation/upernet_160k_ade20k-512x512.py"
+
+model = dict(backbone=dict(model_name="vanilla_vmamba_small", drop_path_rate=0.3))

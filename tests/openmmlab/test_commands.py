@@ -1,0 +1,47 @@
+"""Detectors and segmentors through `visionssm train` and `test`, and what they say to wrong data."""
+
+import json
+
+import pytest
+
+from visionssm.engine.launch import main_test, main_train
+
+SHORT = {
+    "detection/mask-rcnn_vmamba-nano_fpn_digit-scenes": ["train_cfg.max_epochs=1", "train_dataloader.dataset.indices=4"],
+    "segmentation/upernet_vmamba-nano_digit-scenes": ["train_cfg.max_iters=2", "default_hooks.checkpoint.interval=2"],
+}
+DETECTOR = next(iter(SHORT))
+
+
+def options(name, root):
+    common = [f"data_root={root}", "test_dataloader.dataset.indices=2", "test_dataloader.num_workers=0"]
+    workers = ["train_dataloader.num_workers=0", "train_dataloader.persistent_workers=False"]
+    return ["--cfg-options", *common, *workers, *SHORT[name]]
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_train_and_test(name, digit_scenes, tmp_path, capsys, fresh_mmengine):
+    arguments = ["--work-dir", str(tmp_path), *options(name, digit_scenes)]
+    assert main_train([name, *arguments]) == 0, capsys.readouterr().err
+    checkpoint = next(tmp_path.glob("*_[12].pth"))
+    fresh_mmengine()
+    capsys.readouterr()
+    assert main_test([name, str(checkpoint), *arguments]) == 0
+    assert str(checkpoint) in capsys.readouterr().out
+
+
+def test_missing_annotation_file(digit_scenes, tmp_path, capsys):
+    assert main_train([DETECTOR, "--work-dir", str(tmp_path), *options(DETECTOR, digit_scenes / "elsewhere")]) == 1
+    message = capsys.readouterr().err
+    assert "train_dataloader.dataset.ann_file: no such file or folder" in message
+    assert "data_root=" in message
+
+
+def test_no_image_with_boxes(digit_scenes, tmp_path, capsys):
+    content = json.loads((digit_scenes / "annotations" / "instances_train.json").read_text())
+    empty = digit_scenes / "annotations" / "empty.json"
+    empty.write_text(json.dumps({**content, "annotations": []}))
+    change = "train_dataloader.dataset.ann_file=annotations/empty.json"
+    arguments = [argument for argument in options(DETECTOR, digit_scenes) if "train_dataloader.dataset.indices" not in argument]
+    assert main_train([DETECTOR, "--work-dir", str(tmp_path), *arguments, change]) == 1
+    assert "no image is left; a detector's filter_cfg drops images without boxes" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""Train the nano detector and segmentors on real images and write what they reach to a JSON file.
+
+`python tools/benchmark_dense.py DATA -o results.json [--pretrained WEIGHTS]`; DATA is the folder with coco_tiny.zip and camvid.zip.
+Every run is a process of its own, and all run at the same time; with more than one GPU the detector has the first for itself.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+DETECTOR = "detection/mask-rcnn_vmamba-nano_fpn_coco-tiny"
+SEGMENTOR = "segmentation/upernet_vmamba-nano_camvid"
+PEER = "segmentation/upernet_resnet18_camvid"
+RUNS = {  # name: config, archive
+    "detector": (DETECTOR, "coco_tiny"),
+    "segmentor": (SEGMENTOR, "camvid"),
+    "segmentor from scratch": (SEGMENTOR, "camvid"),
+    "segmentor ResNet-18": (PEER, "camvid"),
+}
+PRETRAINED = "segmentor"
+ON_TRAINING_IMAGES = (  # the detector's test, on the images that it has learned
+    "test_dataloader.dataset.ann_file=annotations/instances_train2017.json",
+    "test_dataloader.dataset.data_prefix.img=train2017/",
+    "test_evaluator.ann_file={root}/annotations/instances_train2017.json",
+)
+
+
+def main() -> None:
+    """Start the runs that were asked for, or, as one of these processes, be one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder with coco_tiny.zip and camvid.zip")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--pretrained", help="weights of a vmamba_nano for the segmentor; without, that run is left out")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="which runs; default: all")
+    parser.add_argument("--cfg-options", nargs="+", default=[], help="changes to every config, e.g. train_cfg.max_epochs=1")
+    parser.add_argument("--work-dir", type=Path, help="folder for logs and checkpoints; default: a temporary one")
+    parser.add_argument("--single", choices=RUNS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.single:
+        args.output.write_text(json.dumps(measure(args.single, args)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        args.work_dir = args.work_dir or Path(scratch, "work")
+        names = [name for name in args.runs if args.pretrained or name != PRETRAINED]
+        for archive in {RUNS[name][1] for name in names}:
+            with zipfile.ZipFile(args.data / f"{archive}.zip") as file:
+                file.extractall(scratch)
+        start(names, Path(scratch), args)
+
+
+def start(names: list[str], scratch: Path, args: argparse.Namespace) -> None:
+    """Run all at the same time, wait, and write what they found."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    processes = {}
+    for number, name in enumerate(names):
+        gpu = 0 if gpus < 2 or name == "detector" else 1 + number % (gpus - 1)
+        out = scratch / f"{number}.json"
+        command = [sys.executable, __file__, str(scratch), "-o", str(out), "--single", name, "--work-dir", str(args.work_dir)]
+        command += ["--pretrained", args.pretrained] if name == PRETRAINED else []
+        command += ["--cfg-options", *args.cfg_options] if args.cfg_options else []
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)} if gpus else os.environ
+        processes[name] = (subprocess.Popen(command, env=environment), out)
+    for process, _ in processes.values():
+        process.wait()
+    results = {
+        "machine": machine(),
+        "runs": {name: json.loads(out.read_text()) for name, (_, out) in processes.items() if out.exists()},
+    }
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(args.output.read_text())
+    failed = [name for name, (process, _) in processes.items() if process.returncode]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
+    """Train and test in this process."""
+    import torch
+
+    from visionssm.engine.launch import newest_checkpoint, test, train
+
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for every model alike
+    config, archive = RUNS[name]
+    root = args.data / archive
+    work = args.work_dir / name.replace(" ", "-")
+    options = [f"data_root={root}", *args.cfg_options]
+    if args.pretrained:
+        options.append(f"model.backbone.pretrained={args.pretrained}")
+    common = {"config": config, "work_dir": str(work), "cfg_options": options}
+    begin = time.perf_counter()
+    metrics = train(argparse.Namespace(**common, resume=False, amp=False, compile=False))
+    seconds = time.perf_counter() - begin
+    checkpoint = newest_checkpoint(work)
+    meta = torch.load(checkpoint, map_location="cpu", weights_only=False)  # written by this process
+    result = {
+        "config": config,
+        "options": args.cfg_options,
+        "pretrained": bool(args.pretrained),
+        "parameters": sum(v.numel() for k, v in meta["state_dict"].items() if "running_" not in k),
+        "updates": meta["meta"]["iter"],
+        "seconds of training and test": round(seconds, 1),
+        "test": metrics,
+    }
+    if name == "detector":
+        options = [*options, *(option.format(root=root) for option in ON_TRAINING_IMAGES)]
+        learned = argparse.Namespace(**{**common, "cfg_options": options}, checkpoint=checkpoint, tta=False)
+        result["test on the training images"] = test(learned)
+    return result
+
+
+def machine() -> dict[str, object]:
+    """What the numbers were measured on."""
+    import timm
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "gpus": gpus,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
