@@ -211,15 +211,16 @@ def ss2d_case(batch: int, channels: int, side: int, rank: int, dtype: torch.dtyp
     x = torch.randn(batch, side, side, channels, device="cuda").to(dtype).requires_grad_()
     x_proj = (torch.randn(4 * (rank + 2), channels, device="cuda") / channels**0.5).to(dtype).requires_grad_()
 
-    def run(backend: str) -> Callable[[], torch.Tensor]:
+    def run(backend: str, csrc: int = 0) -> Callable[[], torch.Tensor]:
         def core() -> torch.Tensor:
+            os.environ["VISIONSSM_CSRC"] = str(csrc)  # read at every call, and still so when its backward runs
             x_dbl = torch.nn.functional.linear(x, x_proj).unflatten(-1, (4, rank + 2))
             return cross_selective_scan_packed(x, x_dbl, **parameters, paths=CROSS, backend=backend)
 
         return core
 
     # Plain PyTorch: gather every path, project, one step of the scan after the other, put back and add.
-    providers = {"triton": run("triton")} | ({"pytorch": run("reference")} if side <= 14 else {})
+    providers = {"csrc": run("triton", csrc=1), "triton": run("triton")} | ({"pytorch": run("reference")} if side <= 14 else {})
     shape = f"{batch}x{side}x{side}x{channels}"
     moved = 2 * x.nbytes + batch * side * side * 4 * (rank + 2) * x.element_size()
     return CudaCase("ss2d", shape, dtype, providers, [x, x_proj, *parameters.values()], moved)
@@ -283,10 +284,10 @@ def memory_of(call: Callable[[], object], forward: Callable[[], torch.Tensor]) -
 
 def cuda_rows(which: list[str]) -> Iterator[Row]:
     """Rows of a GPU run: forward, and forward with every gradient; GPU time from CUDA graphs, eager wall time beside it."""
-    tests = Path(__file__).parents[1] / "tests" / "ops" / "test_triton_kernels.py"
+    tests = [str(Path(__file__).parents[1] / "tests" / "ops" / f"test_{name}_kernels.py") for name in ("csrc", "triton")]
     # Side by side where pytest-xdist is; pytest-benchmark, which would warn of that, stays out.
     parallel = ["-n", "12", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", *parallel, str(tests)], check=False).returncode:
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", *parallel, *tests], check=False).returncode:
         sys.exit("benchmark_ops: the tests of the kernels are red; no time is worth reporting")
     where = environment("cuda")
     for dtype in (torch.bfloat16, torch.float16):

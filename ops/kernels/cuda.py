@@ -22,8 +22,8 @@ from .reduce import merge_parts
 if TYPE_CHECKING:
     from .launch import _Scan
 
-MAX_RANK = 64
-"""Largest rank of the step: its weight is held in shared memory."""
+MAX_RANK = {"scan_forward": 64, "scan_backward": 24}
+"""Largest rank of the step: beyond 24 the Triton backward was the faster one, beyond 64 the weight does not fit shared memory."""
 
 STEPS = 16
 """Steps of a tile, csrc's T and launch.py's `STEPS`."""
@@ -31,13 +31,13 @@ STEPS = 16
 _SOURCES = Path(__file__).parent.parent / "csrc"
 
 
-def suits(scan: _Scan) -> bool:
-    """Whether the kernels serve a scan."""
+def suits(kernel: str, scan: _Scan) -> bool:
+    """Whether a kernel, `scan_forward` or `scan_backward`, serves a scan."""
     parameters = [t for t in (scan.A, scan.D, scan.weight, scan.bias) if t is not None]
     return (
         scan.n == 1
         and scan.weight is not None
-        and scan.rank <= MAX_RANK
+        and scan.rank <= MAX_RANK[kernel]
         and scan.x.dtype == scan.dt.dtype
         and scan.x.dtype in (torch.float16, torch.bfloat16)
         and scan.packed
@@ -93,9 +93,9 @@ def channels_per_block(scan: _Scan) -> int:
 
 def _resident_warps(kernel: str, rank: int) -> int:
     """Warps on a multiprocessor: what registers and shared memory have room for."""
-    if kernel == "scan_forward":
-        return 16 if rank <= 24 else 12 if rank <= 48 else 10
-    return 12 if rank <= 24 else 9 if rank <= 48 else 6
+    if kernel == "scan_backward":
+        return 12
+    return 16 if rank <= 24 else 12 if rank <= 48 else 10
 
 
 class _Case:

@@ -76,7 +76,7 @@ def test_map(kernels, size, paths, options, merge):
 
     low, high = outputs_and_gradients(reference, inputs), outputs_and_gradients(reference, to_float64(inputs))
     actual = outputs_and_gradients(op, inputs)
-    assert kernels == ["scan_forward", "scan_backward"]
+    assert kernels == (["scan_forward", "scan_backward"] if options["rank"] <= 24 else ["scan_forward"])
     assert actual.keys() == high.keys()
     for name in high:
         assert_within_budget(actual[name], low[name], high[name], name)
