@@ -10,7 +10,7 @@ model = dict(
     backbone=dict(
         _delete_=True, type="visionssm.Backbone", model_name="vmamba_nano", out_indices=(1, 2, 3), pretrained=False, with_cp=False
     ),
-    neck=dict(in_channels=[64, 128, 160], out_channels=128, norm_cfg=dict(type="GN", num_groups=32)),
+    neck=dict(in_channels=[96, 128, 128], out_channels=128, norm_cfg=dict(type="GN", num_groups=32)),
     rpn_head=dict(in_channels=128, feat_channels=128),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=128),

@@ -7,7 +7,7 @@ _base_ = [
 
 model = dict(
     backbone=dict(_delete_=True, type="visionssm.Backbone", model_name="vmamba_nano", out_indices=(1, 2, 3), pretrained=False),
-    neck=dict(in_channels=[64, 128, 160], out_channels=64, num_outs=4, norm_cfg=dict(type="GN", num_groups=16)),
+    neck=dict(in_channels=[96, 128, 128], out_channels=64, num_outs=4, norm_cfg=dict(type="GN", num_groups=16)),
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32])),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64, featmap_strides=[4, 8, 16]),

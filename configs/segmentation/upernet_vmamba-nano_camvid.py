@@ -15,7 +15,7 @@ model = dict(
         pretrained=False,
         drop_path_rate=0.1,
     ),
-    decode_head=dict(in_channels=[32, 64, 128, 160], channels=128, num_classes=11, ignore_index={{_base_.void}}),
+    decode_head=dict(in_channels=[64, 96, 128, 128], channels=128, num_classes=11, ignore_index={{_base_.void}}),
     auxiliary_head=dict(in_channels=128, channels=64, num_classes=11, ignore_index={{_base_.void}}),
 )
 

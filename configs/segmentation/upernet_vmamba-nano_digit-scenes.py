@@ -9,7 +9,7 @@ norm = dict(_delete_=True, type="GN", num_groups=8)
 model = dict(
     data_preprocessor=dict(size=(96, 96)),
     backbone=dict(_delete_=True, type="visionssm.Backbone", model_name="vmamba_nano", out_indices=(0, 1, 2, 3), pretrained=False),
-    decode_head=dict(in_channels=[32, 64, 128, 160], channels=64, num_classes=2, norm_cfg=norm),
+    decode_head=dict(in_channels=[64, 96, 128, 128], channels=64, num_classes=2, norm_cfg=norm),
     auxiliary_head=dict(in_channels=128, channels=32, num_classes=2, norm_cfg=norm),
 )
 

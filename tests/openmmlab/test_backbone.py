@@ -44,9 +44,9 @@ print([name for name in sys.modules if name.split(".")[0] in ("mmcv", "mmdet", "
 @pytest.mark.parametrize(
     ("name", "arguments", "channels"),
     [
-        ("vmamba_nano", {}, (32, 64, 128, 160)),
-        ("vmamba_nano", {"out_indices": (1, -1)}, (64, 160)),
-        ("local_vmamba_nano", {"out_indices": (0, 2)}, (32, 128)),
+        ("vmamba_nano", {}, (64, 96, 128, 128)),
+        ("vmamba_nano", {"out_indices": (1, -1)}, (96, 128)),
+        ("local_vmamba_nano", {"out_indices": (0, 2)}, (64, 128)),
         ("vim_nano", {"out_indices": (0, 2), "tap": "norm"}, (160, 160)),
         ("local_vim_nano", {"out_indices": (1, 3), "tap": "mixer", "out_norm": True}, (128, 128)),
         ("resnet18", {"out_indices": (1, 2, 3, 4)}, (64, 128, 256, 512)),

@@ -1,5 +1,6 @@
 """Every config of a detector or segmentor builds, predicts, learns and has the published size; published files fit."""
 
+import copy
 import re
 from functools import cache
 
@@ -53,7 +54,7 @@ def config(name):
 
 
 def build(name, **backbone):
-    cfg = config(name).copy()
+    cfg = copy.deepcopy(config(name))
     cfg.model.backbone.update(backbone)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         return cfg, MODELS.build(cfg.model)
@@ -110,7 +111,7 @@ def small(cfg):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_builds_predicts_and_learns(name):
-    cfg = config(name).copy()
+    cfg = copy.deepcopy(config(name))
     small(cfg)
     if cfg.model.test_cfg.get("mode") == "slide":
         cfg.model.test_cfg.update(crop_size=(64, 64), stride=(32, 32))
@@ -265,21 +266,21 @@ def test_images_without_boxes():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (NANO, {"neck": {"in_channels": [64, 128, 256]}}, r"model.neck.in_channels: got \[64, 128, 256\].*\[64, 128, 160\]"),
+        (NANO, {"neck": {"in_channels": [64, 128, 256]}}, r"model.neck.in_channels: got \[64, 128, 256\].*\[96, 128, 128\]"),
         (
             "upernet_vmamba-nano_digit-scenes",
             {"decode_head": {"in_channels": [32, 64, 128, 256]}},
-            r"model.decode_head.in_channels: got \[32, 64, 128, 256\].*\[32, 64, 128, 160\]",
+            r"model.decode_head.in_channels: got \[32, 64, 128, 256\].*\[64, 96, 128, 128\]",
         ),
         (
             "upernet_vmamba-nano_digit-scenes",
             {"auxiliary_head": {"in_channels": 64}},
-            r"model.auxiliary_head.in_channels: got 64 at in_index=2.*\[32, 64, 128, 160\]",
+            r"model.auxiliary_head.in_channels: got 64 at in_index=2.*\[64, 96, 128, 128\]",
         ),
     ],
 )
 def test_wrong_channels(name, change, message):
-    cfg = config(name).copy()
+    cfg = copy.deepcopy(config(name))
     for part, values in change.items():
         cfg.model[part].update(values)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
