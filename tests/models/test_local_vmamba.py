@@ -133,10 +133,10 @@ def test_initial_values():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"paths": (("h", "v"),) * 5}, "paths: got path names for 5 layers, expected 6"),
-        ({"depths": (1, 1, 1, 1)}, "paths: got path names for 6 layers, expected 4"),
-        ({"paths": ("h", "v", "h_flip", "v_flip")}, "paths: expected one tuple of path names for each of 6 layers"),
-        ({"paths": (("h", "w0"),) * 6}, "paths: unknown path 'w0'"),
+        ({"paths": (("h", "v"),) * 5}, "paths: got path names for 5 layers, expected 9"),
+        ({"depths": (1, 1, 1, 1)}, "paths: got path names for 9 layers, expected 4"),
+        ({"paths": ("h", "v", "h_flip", "v_flip")}, "paths: expected one tuple of path names for each of 9 layers"),
+        ({"paths": (("h", "w0"),) * 9}, "paths: unknown path 'w0'"),
     ],
 )
 def test_bad_arguments(kwargs, message):

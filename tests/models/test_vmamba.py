@@ -108,7 +108,7 @@ def test_any_image_size(size):
     ("kwargs", "message"),
     [
         ({"embed_dim": (8, 16)}, "embed_dim: got 2 widths for 4 stages"),
-        ({"paths": (("h",), ("v",))}, "paths: got 2 tuples of path names for 10 blocks"),
+        ({"paths": (("h",), ("v",))}, "paths: got 2 tuples of path names for 9 blocks"),
         ({"patch_size": 3}, "patch_size: expected 2 or 4"),
         ({"paths": ("h", "w0")}, "unknown path 'w0'"),
     ],
