@@ -35,14 +35,14 @@ $(VENV)/.installed-openmmlab: pyproject.toml setup.py constraints.txt | $(VENV)/
 	  $(BIN)/python -m pip uninstall -q -y opencv-python && $(BIN)/python -m pip install -q --force-reinstall --no-deps -c constraints.txt opencv-python-headless; }
 	@touch $@
 
-demo: $(VENV)/.installed-train  ## train a nano VMamba on real handwritten digits, about two minutes on two cores
+demo: $(VENV)/.installed-train  ## train a nano VMamba on real handwritten digits, a minute or two on two cores
 	$(BIN)/python tools/train.py configs/classification/vmamba-nano_digits.py
 
-demo-detection: $(VENV)/.installed-openmmlab  ## train a nano detector on scenes of handwritten digits, six minutes on two cores
+demo-detection: $(VENV)/.installed-openmmlab  ## train a nano detector on scenes of handwritten digits, five minutes on two cores
 	$(BIN)/python tools/draw_digit_scenes.py work_dirs/digit-scenes
 	$(BIN)/python tools/train.py configs/detection/mask-rcnn_vmamba-nano_fpn_digit-scenes.py
 
-demo-segmentation: $(VENV)/.installed-openmmlab  ## train a nano segmentor on the same scenes, a few minutes on two cores
+demo-segmentation: $(VENV)/.installed-openmmlab  ## train a nano segmentor on the same scenes, two minutes on two cores
 	$(BIN)/python tools/draw_digit_scenes.py work_dirs/digit-scenes
 	$(BIN)/python tools/train.py configs/segmentation/upernet_vmamba-nano_digit-scenes.py
 

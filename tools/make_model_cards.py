@@ -185,7 +185,7 @@ def measured(row: Checkpoint) -> str:
         f"one image of {ours['image']} px, float32, CPU": f"{ours['ms_per_image_fp32']} ms",
         "error against the published architecture's output": error,
     }
-    where = "{device}, PyTorch {torch}, {date}".format(**MEASURED["environment"])
+    where = "{device}, PyTorch {torch}, {date}".format(**MEASURED["environment"], date=ours["date"])
     note = "" if row.task == "classification" else " Of the backbone as a classifier."
     note = " With a head of 1000 classes." if row.shipped_file else note
     return f"## Measured here\n\n`tools/measure_models.py` on {where}.{note}\n\n" + table(("figure", "value"), facts)

@@ -44,10 +44,16 @@ def main() -> None:
     if not names:
         sys.exit(f"--models: no model of ours matches {args.models!r}")
     result = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
-    result["environment"] = environment("cpu")
+    machine = environment("cpu")
+    date = machine.pop("date")  # a row's own: a run may measure some of the models
+    result["environment"] = machine
     errors = parity_errors()
     for name in names:
-        row = counts(name) | {"ms_per_image_fp32": round(milliseconds(name, args.seconds), 1), "parity": errors.get(name)}
+        row = counts(name) | {
+            "ms_per_image_fp32": round(milliseconds(name, args.seconds), 1),
+            "parity": errors.get(name),
+            "date": date,
+        }
         result["models"][name] = row
         print(name, row, flush=True)
     result["models"] = {name: result["models"][name] for name in zoo() if name in result["models"]}
