@@ -11,6 +11,8 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
+STEPS = 16
+"""Positions in a tile, csrc's T as well; the states at tile boundaries are what the backward keeps."""
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .common import STEPS
 from .reduce import merge_parts
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ if TYPE_CHECKING:
 MAX_RANK = {"scan_forward": 64, "scan_backward": 24}
 """Largest rank of the step: beyond 24 the Triton backward was the faster one, beyond 64 the weight does not fit shared memory."""
 
-STEPS = 16
-"""Steps of a tile, csrc's T and launch.py's `STEPS`."""
-
+_LARGEST = 2**31  # strides travel as 32-bit integers; sums of them do not
 _SOURCES = Path(__file__).parent.parent / "csrc"
 
 
@@ -42,6 +41,7 @@ def suits(kernel: str, scan: _Scan) -> bool:
         and scan.x.dtype in (torch.float16, torch.bfloat16)
         and scan.packed
         and _in_chunks(scan.x)
+        and max(scan.dt.stride()) < _LARGEST
         and all(t.dtype == torch.float32 for t in parameters)
         and enabled(scan.x.device)
     )
@@ -184,7 +184,7 @@ def processors(device: torch.device) -> int:
 def _in_chunks(m: Tensor) -> bool:
     """Whether a map can be copied eight channels, 16 bytes of 16-bit numbers, at a time."""
     whole = all(m.shape[i] == 1 or stride % 8 == 0 for i, stride in enumerate(m.stride()[:-1]))
-    return whole and m.stride(-1) == 1 and m.shape[-1] % 8 == 0 and m.data_ptr() % 16 == 0
+    return whole and max(m.stride()) < _LARGEST and m.stride(-1) == 1 and m.shape[-1] % 8 == 0 and m.data_ptr() % 16 == 0
 
 
 def _strides(m: Tensor) -> tuple[int, int, int]:

@@ -13,12 +13,10 @@ from torch import Tensor
 from ..paths import parse_path, path_length  # noqa: TID252
 from . import cuda
 from .backward import scan_backward_kernel
+from .common import STEPS
 from .forward import scan_forward_kernel
 from .projection import projection_gradients_kernel, step_gradient_kernel, weight_gradient_kernel
 from .reduce import carry_kernel, sum_parts_kernel, transpose_kernel
-
-STEPS = 16
-"""Positions in a tile; the states at tile boundaries are what the backward keeps."""
 
 MAX_STATES = 64
 """State variables N that the kernels are tested for."""

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import LOG2E, path_length, step
+from .common import LOG2E, STEPS, path_length, step
 
 
 @triton.jit
@@ -128,6 +128,6 @@ def merge_parts(
     bands, blocks = triton.cdiv(positions, 32), triton.cdiv(channels, 64)
     with torch.cuda.device(parts.device if parts.is_cuda else -1):
         merge_parts_kernel[(bands * blocks * batch,)](
-            parts, scales, out, *size, channels, scales.shape[2], PATHS=codes, STEPS=16, BP=32, BC=64, num_warps=4
+            parts, scales, out, *size, channels, scales.shape[2], PATHS=codes, STEPS=STEPS, BP=32, BC=64, num_warps=4
         )
     return out
