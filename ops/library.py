@@ -276,24 +276,43 @@ for _name, _impl, _fake, _autograd, _setup in (
 # --- moving between image order and path order -------------------------------------------------------------------------
 
 
-def _paths(paths: list[str], height: int, width: int, token_at: int | None) -> ScanPaths:
-    return ScanPaths(tuple(paths), (height, width), token_at)
-
-
 def _length(paths: list[str], height: int, width: int, token_at: int | None) -> int:
     """L' from arithmetic alone, so that it also works on symbolic sizes."""
     return functools.reduce(torch.sym_max, (path_length(name, height, width) for name in paths)) + int(token_at is not None)
 
 
+@functools.cache  # a CUDA graph goes on reading the pinned memory, so nothing is ever evicted
+def _order(
+    paths: tuple[str, ...], height: int, width: int, token_at: int | None, shared: bool, pinned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Where in `(1 or K) x positions` each of `K x L'` steps reads, and which steps are padding, or None if none is."""
+    scan_paths = ScanPaths(paths, (height, width), token_at)
+    table = torch.tensor(scan_paths.table)
+    index = table.clamp(min=0)
+    if not shared:
+        index = index + torch.arange(len(paths))[:, None] * scan_paths.inverse.shape[1]
+    padding = table < 0
+    return _pinned(index.flatten(), pinned), _pinned(padding, pinned) if padding.any() else None
+
+
+@functools.cache
+def _inverse_order(paths: tuple[str, ...], height: int, width: int, token_at: int | None, pinned: bool) -> Tensor:
+    """Where in `K x L'` steps each of `K x positions` lies."""
+    scan_paths = ScanPaths(paths, (height, width), token_at)
+    inverse = torch.tensor(scan_paths.inverse) + torch.arange(len(paths))[:, None] * scan_paths.table.shape[1]
+    return _pinned(inverse.flatten(), pinned)
+
+
+def _pinned(t: Tensor, pinned: bool) -> Tensor:
+    """Pinned memory goes to a GPU without waiting for it, also while a CUDA graph is recorded."""
+    return t.pin_memory() if pinned else t
+
+
 def _cross_scan(x: Tensor, paths: list[str], height: int, width: int, token_at: int | None) -> Tensor:
     """(batch, 1 or K, positions, C) -> (batch, K, L', C), zeros at padded steps."""
-    table = _paths(paths, height, width, token_at).table
-    index = torch.from_numpy(table.clip(min=0)).to(x.device)
-    shared = x.shape[1] == 1
-    steps = torch.stack([x[:, 0 if shared else k].index_select(1, index[k]) for k in range(len(paths))], dim=1)
-    if (table < 0).any():
-        steps.masked_fill_(torch.from_numpy(table < 0).to(x.device)[..., None], 0.0)
-    return steps
+    index, padding = _order(tuple(paths), height, width, token_at, x.shape[1] == 1, x.is_cuda)
+    steps = x.flatten(1, 2).index_select(1, index.to(x.device, non_blocking=True)).unflatten(1, (len(paths), -1))
+    return steps if padding is None else steps.masked_fill_(padding.to(x.device, non_blocking=True)[..., None], 0.0)
 
 
 def _cross_scan_fake(x: Tensor, paths: list[str], height: int, width: int, token_at: int | None) -> Tensor:
@@ -302,8 +321,8 @@ def _cross_scan_fake(x: Tensor, paths: list[str], height: int, width: int, token
 
 def _cross_merge(ys: Tensor, paths: list[str], height: int, width: int, token_at: int | None, merge: bool) -> Tensor:
     """(batch, K, L', C) -> (batch, 1, positions, C), or (batch, K, positions, C) unmerged."""
-    inverse = torch.from_numpy(_paths(paths, height, width, token_at).inverse.copy()).to(ys.device)
-    maps = torch.stack([ys[:, k].index_select(1, inverse[k]) for k in range(len(paths))], dim=1)
+    index = _inverse_order(tuple(paths), height, width, token_at, ys.is_cuda)
+    maps = ys.flatten(1, 2).index_select(1, index.to(ys.device, non_blocking=True)).unflatten(1, (len(paths), -1))
     return maps.sum(1, keepdim=True) if merge else maps  # the sum of 16-bit maps accumulates in float32
 
 

@@ -1,8 +1,8 @@
-"""Put our own weights into the package: `python tools/ship_weights.py FOLDER`, the folder that tools/benchmark_cifar10.py wrote.
+"""Put our own weights into the package: `python tools/ship_weights.py FOLDER...`, folders that tools/benchmark_cifar10.py wrote.
 
-Copies `<model>.cifar10.safetensors` to visionssm/weights/files/ and the table to benchmarks/, enters each file in
-visionssm/weights/checkpoints.json with its hash and its measured accuracy, and writes the model cards. Run again with other
-files, it replaces what it has written.
+Copies `<model>.cifar10.safetensors` to visionssm/weights/files/ and the tables, put together, to benchmarks/, enters each file in
+visionssm/weights/checkpoints.json with its hash and its measured accuracy, and writes the model cards. Of a model in several
+folders, and of a config in several tables, the last counts. Run again with other files, it replaces what it has written.
 """
 
 from __future__ import annotations
@@ -53,30 +53,49 @@ def entry(file: Path, measured: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Copy, enter, write the cards."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    folder = parser.parse_args().folder
+def read_table(folder: Path) -> tuple[Path, list[dict[str, str]]]:
+    """The one table in a folder."""
     tables = list(folder.glob("cifar10_*.csv"))
     if len(tables) != 1:
         sys.exit(f"FOLDER: {folder} holds {len(tables)} files cifar10_*.csv, expected one")
     with tables[0].open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    FILES.mkdir(exist_ok=True)
-    entries = []
+        return tables[0], list(csv.DictReader(file))
+
+
+def weights(folder: Path, rows: list[dict[str, str]]) -> dict[str, tuple[Path, dict[str, str]]]:
+    """By model: the file in a folder, and the row of its run, the first seed's."""
+    found: dict[str, tuple[Path, dict[str, str]]] = {}
     for measured in rows:
-        source = folder / f"{measured['model']}.{TAG}.safetensors"
-        if not source.exists() or any(row["model"] == measured["model"] for row in entries):  # a peer, or another seed
+        file = folder / f"{measured['model']}.{TAG}.safetensors"
+        if not file.exists() or measured["model"] in found:  # a peer, or another seed
             continue
         if measured["status"] != "finished":
-            sys.exit(f"{tables[0]}: the run of {measured['model']} has the status {measured['status']!r}, expected 'finished'")
-        target = FILES / source.name
-        shutil.copyfile(source, target)
-        entries.append(entry(target, measured))
-    if not entries:
-        sys.exit(f"FOLDER: {folder} holds no weights of a model in {tables[0].name}")
-    shutil.copyfile(tables[0], ROOT / "benchmarks" / tables[0].name)
+            sys.exit(f"{folder}: the run of {measured['model']} has the status {measured['status']!r}, expected 'finished'")
+        found[measured["model"]] = file, measured
+    if not found:
+        sys.exit(f"FOLDER: {folder} holds no weights of a model in its table")
+    return found
+
+
+def main() -> None:
+    """Copy, enter, write the cards."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
+    runs: dict[tuple[str, str], dict[str, str]] = {}
+    shipped: dict[str, tuple[Path, dict[str, str]]] = {}
+    for folder in parser.parse_args().folders:
+        table, rows = read_table(folder)
+        runs |= {(row["config"], row["seed"]): row for row in rows}
+        shipped |= weights(folder, rows)
+    FILES.mkdir(exist_ok=True)
+    entries = []
+    for source, measured in shipped.values():
+        shutil.copyfile(source, FILES / source.name)
+        entries.append(entry(FILES / source.name, measured))
+    with (ROOT / "benchmarks" / table.name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in runs.values() for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(runs.values())
     content = json.loads(TABLE.read_text())
     replaced = {(row["model"], row["tag"]) for row in entries}
     content["checkpoints"] = [row for row in content["checkpoints"] if (row["model"], row["tag"]) not in replaced] + entries

@@ -116,7 +116,7 @@ def test_cached_images_are_decoded_by_workers_alike(cached, photographs):
 
 
 def test_cifar10_recipes_share_everything_but_the_model():
-    names = sorted(path.stem for path in config_path("vmamba-nano_cifar10").parent.glob("*_cifar10.py"))
+    names = sorted(path.stem for path in config_path("vmamba-nano_cifar10").parent.glob("*-nano_cifar10.py"))
     assert len(names) == 6
     configs = [load_config(name).to_dict() for name in names]
     for cfg in configs:

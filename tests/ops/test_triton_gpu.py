@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visionssm.ops import CROSS, cross_selective_scan_packed, selective_scan
+from visionssm.ops import CROSS, cross_merge, cross_scan, cross_selective_scan_packed, selective_scan
 from visionssm.ops.testing import cross_selective_scan_inputs, pack, selective_scan_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -24,6 +24,21 @@ def test_cuda_graph():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = cross_selective_scan_packed(**t, paths=CROSS)
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+def test_moves_in_a_cuda_graph():
+    x, paths = torch.randn(2, 5, 6, 8, device="cuda"), ("w3", "v_flip")
+
+    def there_and_back():
+        return cross_merge(cross_scan(x, paths), paths, (5, 6))
+
+    expected = there_and_back()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = there_and_back()
     y.fill_(float("nan"))
     graph.replay()
     assert torch.equal(y, expected)

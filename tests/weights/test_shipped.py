@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = [row for row in checkpoints() if row.shipped_file]
 RUN = {
     "config": "vim-nano_cifar10",
+    "seed": 0,
     "model": "vim_nano",
     "status": "finished",
     "epochs": 7,
@@ -97,6 +98,21 @@ def test_weights_enter_the_package(copied, trained):
     listed = run("-m", "visionssm", "list", "vim_nano", "--pretrained")
     assert listed.returncode == 0, listed.stderr
     assert "top-1 91.25" in listed.stdout
+
+
+def test_of_several_runs_the_last_is_shipped(copied, trained):
+    copy, run = copied
+    later = shutil.copytree(trained, trained.parent / "later")
+    table = later / "cifar10_h100.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], lines[1].replace("91.25", "92.5")]) + "\n")
+    shipping = run(str(copy / "tools" / "ship_weights.py"), str(trained), str(later))
+    assert shipping.returncode == 0, shipping.stderr
+    assert "value: 92.5" in (copy / "model_cards" / "vim_nano.cifar10.md").read_text()
+    assert [line.split(",")[0] for line in (copy / "benchmarks" / "cifar10_h100.csv").read_text().splitlines()[1:]] == [
+        "vim-nano_cifar10",
+        "deit-nano_cifar10",
+    ]
 
 
 def test_an_unfinished_run_is_not_shipped(copied, trained):

@@ -1,6 +1,6 @@
 # The same for every small model: AdamW in bfloat16, a linear warm-up, one cosine to zero over whatever
 # --cfg-options train_cfg.max_epochs=N says.
-train_cfg = dict(by_epoch=True, max_epochs=200, val_interval=50)
+train_cfg = dict(by_epoch=True, max_epochs=80, val_interval=50)
 val_cfg = dict()
 test_cfg = dict()
 optim_wrapper = dict(
