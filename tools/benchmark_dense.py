@@ -97,7 +97,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         options.append(f"model.backbone.pretrained={args.pretrained}")
     common = {"config": config, "work_dir": str(work), "cfg_options": options}
     begin = time.perf_counter()
-    metrics = train(argparse.Namespace(**common, resume=False, amp=False, compile=False))
+    metrics = train(argparse.Namespace(**common, resume=False, amp=False, compile=False, compile_mode=None))
     seconds = time.perf_counter() - begin
     checkpoint = newest_checkpoint(work)
     meta = torch.load(checkpoint, map_location="cpu", weights_only=False)  # written by this process

@@ -32,6 +32,7 @@ from mmengine.registry import MODELS
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
+from visionssm.commands.training import add_compile_arguments, compile_mode
 from visionssm.engine import OptimWrapperConstructor, Runner
 from visionssm.engine.config import load_config
 from visionssm.engine.device_decode import decode_batch
@@ -98,12 +99,12 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def bare_rate(cfg: Config, steps: int, begin: int, compiled: bool) -> float:
+def bare_rate(cfg: Config, steps: int, begin: int, mode: str | None) -> float:
     """Images/s of the training step alone."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MODELS.build(cfg.model).to(device).train()
-    if compiled:
-        model.backbone.compile()
+    if mode:
+        model.backbone.compile(mode=mode)
     wrapper_cfg = cfg.optim_wrapper.copy()
     wrapper_cfg.pop("constructor", None)
     wrapper = OptimWrapperConstructor(wrapper_cfg, wrapper_cfg.pop("paramwise_cfg", None))(model)
@@ -119,7 +120,7 @@ def bare_rate(cfg: Config, steps: int, begin: int, compiled: bool) -> float:
     return batch * (steps - begin) / (clock() - started)
 
 
-def loop_rate(cfg: Config, data: dict[str, Any], steps: int, begin: int, compiled: bool) -> float:
+def loop_rate(cfg: Config, data: dict[str, Any], steps: int, begin: int, mode: str | None) -> float:
     """Images/s of the whole loop, over all processes."""
     batch = cfg.train_dataloader.batch_size * get_world_size()
     with tempfile.TemporaryDirectory() as folder:
@@ -142,8 +143,8 @@ def loop_rate(cfg: Config, data: dict[str, Any], steps: int, begin: int, compile
             }
         )
         runner = Runner.from_cfg(cfg)
-        if compiled:
-            unwrapped(runner.model).backbone.compile()
+        if mode:
+            unwrapped(runner.model).backbone.compile(mode=mode)
         runner.train()
     return batch * (steps - begin) / runner.seconds
 
@@ -194,7 +195,7 @@ def record(rows: list[dict[str, Any]], out: Path) -> None:
 
 def rates(cfg: Config, arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
     """What was timed, and images/s."""
-    timed = (arguments.steps, max(1, arguments.steps // 5), arguments.compile)
+    timed = (arguments.steps, max(1, arguments.steps // 5), compile_mode(arguments))
     if get_world_size() == 1:
         yield "bare step", bare_rate(cfg, *timed)
     classes = cfg.model.backbone.num_classes
@@ -218,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--steps", type=int, default=100, help="training steps; the first fifth is not counted")
-    parser.add_argument("--compile", action="store_true", help="run the backbone through torch.compile")
+    add_compile_arguments(parser)
     parser.add_argument("--real", action="store_true", help="also time the loop on the config's own images")
     parser.add_argument("--device-decode", action="store_true", help="also time decoding on the device")
     parser.add_argument("--workers", nargs="*", type=int, default=[], help="numbers of workers to time the loader with")
@@ -236,7 +237,7 @@ def main() -> None:
         machine = environment("cuda" if torch.cuda.is_available() else "cpu")
         rows = []
         for what, rate in rates(cfg, arguments):
-            rows.append({"what": what, "images_per_s": round(rate, 1), **facts, "compiled": arguments.compile, **machine})
+            rows.append({"what": what, "images_per_s": round(rate, 1), **facts, "compiled": compile_mode(arguments), **machine})
             share = (
                 f", {rate / rows[0]['images_per_s']:.3f} of the bare step" if what.startswith("loop") and not distributed else ""
             )

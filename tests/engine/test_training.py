@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -267,20 +266,24 @@ def test_layer_decay_follows_the_group_matcher():
     assert rate[id(backbone.pos_embed)] == rate[id(backbone.patch_embed.proj.weight)] == 0.5 ** (depth + 1)
 
 
-def test_only_the_backbone_is_compiled(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "mode"), [(["--compile"], "default"), (["--compile-mode", "reduce-overhead"], "reduce-overhead")]
+)
+def test_only_the_backbone_is_compiled(tiny, monkeypatch, capsys, flags, mode):
     config, work = tiny
     compiled = []
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compile_eagerly = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **options: compile_eagerly(model, backend="eager", **options))
     original = nn.Module.compile
 
     def recorded(self, *args, **kwargs):
-        compiled.append(self)
+        compiled.append((type(self).__name__, kwargs))
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "compile", recorded)
     options = ["train_cfg.max_epochs=1", "train_dataloader.num_batch_per_epoch=1", "model.backbone.model_name=test_mambaout"]
-    assert main_train([str(config), "--work-dir", str(work), "--compile", "--cfg-options", *options]) == 0
-    assert [type(module).__name__ for module in compiled] == ["MambaOut"]
+    assert main_train([str(config), "--work-dir", str(work), *flags, "--cfg-options", *options]) == 0
+    assert compiled == [("MambaOut", {"mode": mode})]
     assert set(load(work / "epoch_1.pth")["state_dict"]) == {
         f"backbone.{name}" for name in timm.create_model("test_mambaout", num_classes=10).state_dict()
     }

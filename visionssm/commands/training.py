@@ -1,10 +1,12 @@
 """The arguments of `visionssm train` and `visionssm test`, which tools/train.py and tools/test.py take too; light to import."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from visionssm.errors import UserError
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 def add_train_arguments(parser: ArgumentParser) -> None:
@@ -12,7 +14,22 @@ def add_train_arguments(parser: ArgumentParser) -> None:
     _add_common_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work directory")
     parser.add_argument("--amp", action="store_true", help="mixed precision: the config's optim_wrapper.dtype, or bfloat16")
+    add_compile_arguments(parser)
+
+
+def add_compile_arguments(parser: ArgumentParser) -> None:
+    """Whether and how the backbone is compiled; `compile_mode` says it all once they are parsed."""
     parser.add_argument("--compile", action="store_true", help="run the backbone through torch.compile")
+    parser.add_argument(
+        "--compile-mode",
+        choices=COMPILE_MODES,
+        help="the same in another of its modes: reduce-overhead records CUDA graphs, which spares the launches of small kernels",
+    )
+
+
+def compile_mode(args: Namespace) -> str | None:
+    """The mode for `torch.compile`, or None where nothing is compiled."""
+    return args.compile_mode or ("default" if args.compile else None)
 
 
 def add_test_arguments(parser: ArgumentParser) -> None:

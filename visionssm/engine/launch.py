@@ -13,7 +13,7 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
 from rich.console import Console
 
-from visionssm.commands.training import add_test_arguments, add_train_arguments
+from visionssm.commands.training import add_test_arguments, add_train_arguments, compile_mode
 from visionssm.errors import UserError, first_line
 
 from .config import CLASSIFIERS, fill_num_classes, load_config
@@ -65,8 +65,8 @@ def train(args: Namespace) -> dict[str, float]:
             _say(f"resuming from {cfg.load_from}" if cfg.resume else f"no checkpoint in {cfg.work_dir} yet: starting anew")
         with _runner(cfg) as runner:
             check_space(runner)
-            if args.compile:
-                unwrapped(runner.model).backbone.compile()
+            if mode := compile_mode(args):
+                unwrapped(runner.model).backbone.compile(mode=mode)
             try:
                 runner.train()
             except KeyboardInterrupt:
