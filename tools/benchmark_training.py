@@ -30,7 +30,7 @@ from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from visionssm.commands.training import add_compile_arguments, compile_mode
 from visionssm.engine import OptimWrapperConstructor, Runner
@@ -160,7 +160,10 @@ def crops_of(dataset: dict[str, Any], decode: str) -> dict[str, Any]:
 
 def loader_rate(cfg: Config, dataset: dict[str, Any], workers: int, seconds: float) -> float:
     """Images/s of the loader without a model, after its first batches; what it leaves to the device is done there."""
-    loader = Runner.build_dataloader({**cfg.train_dataloader, "dataset": dataset, "num_workers": workers}, seed=0)
+    settings = {**cfg.train_dataloader, "num_workers": workers, "dataset": dataset}
+    if not issubclass(DATASETS.get(dataset["type"]), IterableDataset):  # a small data set would end while the workers start
+        settings["dataset"] = {"type": "visionssm.Repeated", "dataset": dataset, "length": 10_000 * cfg.train_dataloader.batch_size}
+    loader = Runner.build_dataloader(settings, seed=0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, started = 0, 0.0
     for number, batch in enumerate(loader):
@@ -181,7 +184,7 @@ def record(rows: list[dict[str, Any]], out: Path) -> None:
     """Add to the table in `out`; with more than one process, say how each rate compares with that of one process there."""
     earlier = list(csv.DictReader(out.open(newline=""))) if out.exists() else []
     for row in rows:
-        same = ("what", "config", "batch", "device")
+        same = ("what", "config", "batch", "compiled", "device")
         alone = [old for old in earlier if old["processes"] == "1" and all(old[key] == str(row[key]) for key in same)]
         if row["processes"] > 1 and alone:
             row["scaling"] = round(row["images_per_s"] / row["processes"] / float(alone[-1]["images_per_s"]), 3)
@@ -236,15 +239,21 @@ def main() -> None:
         facts = {"processes": get_world_size(), "config": Path(cfg.filename).stem, "batch": cfg.train_dataloader.batch_size}
         machine = environment("cuda" if torch.cuda.is_available() else "cpu")
         rows = []
-        for what, rate in rates(cfg, arguments):
-            rows.append({"what": what, "images_per_s": round(rate, 1), **facts, "compiled": compile_mode(arguments), **machine})
-            share = (
-                f", {rate / rows[0]['images_per_s']:.3f} of the bare step" if what.startswith("loop") and not distributed else ""
-            )
-            if is_main_process():
-                print(f"{what:40} {rate:9.1f} images/s{share}, {facts['processes']} x {facts['batch']}", flush=True)
-        if arguments.out and is_main_process():
-            record(rows, arguments.out)
+        try:
+            for what, rate in rates(cfg, arguments):
+                rows.append(
+                    {"what": what, "images_per_s": round(rate, 1), **facts, "compiled": compile_mode(arguments) or "no", **machine}
+                )
+                share = (
+                    f", {rate / rows[0]['images_per_s']:.3f} of the bare step"
+                    if what.startswith("loop") and not distributed
+                    else ""
+                )
+                if is_main_process():
+                    print(f"{what:40} {rate:9.1f} images/s{share}, {facts['processes']} x {facts['batch']}", flush=True)
+        finally:  # what follows a rate may fail for want of memory or data
+            if arguments.out and rows and is_main_process():
+                record(rows, arguments.out)
 
 
 if __name__ == "__main__":
