@@ -119,6 +119,30 @@ def test_broken_files(photographs, device):
         decode_batch(collate(samples(dataset)[-1:]), device)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_decoding_leaves_alone_what_queued_kernels_still_read(photographs):
+    """Memory that Python has freed is not written to before the kernels that read it have run; nor is a batch by the next one."""
+    device, dataset = torch.device("cuda"), ImageFolder(str(photographs), "train", (512, 512), CROPS, decode="device")
+    batches = [collate(samples(dataset, seed)) for seed in range(4)]
+    expected = []
+    for batch in batches:
+        expected.append(decode_batch(batch, device)[0].cpu())
+        torch.cuda.synchronize()
+    sums, copies = [], []
+    for batch in batches:
+        ones = torch.ones(2**28, dtype=torch.int8, device=device)
+        torch.cuda._sleep(2 * 10**8)  # about a tenth of a second, in which the host runs ahead
+        sums.append(ones.sum())
+        del ones
+        images, _ = decode_batch(batch, device)
+        torch.cuda._sleep(2 * 10**8)
+        copies.append(images.clone())
+        del images
+    assert [total.item() for total in sums] == 4 * [2**28]
+    assert all(torch.equal(copy.cpu(), image) for copy, image in zip(copies, expected, strict=True))
+
+
 TRAINING = """
 _base_ = {base!r}
 data_root = {root!r}

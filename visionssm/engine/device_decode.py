@@ -3,9 +3,11 @@
 A loader's workers read the files and draw crop and mirror image; a batch is decoded, cropped and resized where the model is.
 """
 
+import functools
 import io
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
@@ -122,15 +124,38 @@ def decode_batch(batch: Mapping[str, Any], device: torch.device) -> tuple[Tensor
     Raises:
         UserError: nothing in the batch can be decoded.
     """
-    views, images = batch["encoded"].views, batch["encoded"].decoded(device)
-    if "images" in batch:
-        images += batch["images"].to(device, non_blocking=True).split(1)
-    batch["unreadable"].extend(view.name for view, image in zip(views, images, strict=False) if image is None)
-    readable = [index for index, image in enumerate(images) if image is not None]
-    if not readable:
-        raise UserError(f"data_root: none of the {len(views)} images in a batch can be decoded, e.g. {views[0].name}")
-    chosen = [next((r for r in readable if r >= index), readable[0]) for index in range(len(images))]
-    return torch.cat([images[index] for index in chosen]), batch["labels"][chosen]
+    views = batch["encoded"].views
+    with _stream_of_its_own(device):
+        images = batch["encoded"].decoded(device)
+        if "images" in batch:
+            images += batch["images"].to(device, non_blocking=True).split(1)
+        batch["unreadable"].extend(view.name for view, image in zip(views, images, strict=False) if image is None)
+        readable = [index for index, image in enumerate(images) if image is not None]
+        if not readable:
+            raise UserError(f"data_root: none of the {len(views)} images in a batch can be decoded, e.g. {views[0].name}")
+        chosen = [next((r for r in readable if r >= index), readable[0]) for index in range(len(images))]
+        whole = torch.cat([images[index] for index in chosen])
+    if whole.is_cuda:
+        whole.record_stream(torch.cuda.current_stream(device))
+    return whole, batch["labels"][chosen]
+
+
+@contextmanager
+def _stream_of_its_own(device: torch.device) -> Iterator[None]:
+    """Keeps the memory that nvJPEG writes to, on a stream that torch does not know, apart from what a queued step still reads."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _stream(device)
+    stream.synchronize()  # its memory is reused, so the last batch must be through: the step before this one has waited for it
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _decoded(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
