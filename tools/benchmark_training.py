@@ -4,6 +4,10 @@ Rates in images/s, all in one run: the bare training step (forward, loss, backwa
 on the device; the whole loop (hooks, logs, average, mixing, loader) on synthetic images, and with `--real` on the config's own, as
 often as needed; and the config's loader alone, for each number of workers. The loop is to reach the bare step within 5 %.
 
+With `--device-decode` also what a data set's `decode="device"` gives: the loader alone, including the device's decoding and
+resizing, and with `--real` the loop. Crop and mirror image are then all that is done to an image, so that the loader whose workers
+decode is timed with these alone as well.
+
 Started by torchrun, it times the loops alone, over all processes. With the same `--out` as the run of one process before, each rate
 is compared with that of one process.
 """
@@ -26,11 +30,12 @@ from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from visionssm.commands.training import add_compile_arguments, compile_mode
 from visionssm.engine import OptimWrapperConstructor, Runner
 from visionssm.engine.config import load_config
+from visionssm.engine.device_decode import decode_batch
 from visionssm.engine.distributed import process_group
 from visionssm.engine.hooks import unwrapped
 from visionssm.engine.launch import parsed_options
@@ -144,27 +149,42 @@ def loop_rate(cfg: Config, data: dict[str, Any], steps: int, begin: int, mode: s
     return batch * (steps - begin) / runner.seconds
 
 
-def loader_rate(cfg: Config, workers: int, seconds: float) -> float:
-    """Images/s of the loader without a model, after its first batches."""
-    loader = Runner.build_dataloader({**cfg.train_dataloader, "num_workers": workers}, seed=0)
+def crops_of(dataset: dict[str, Any], decode: str) -> dict[str, Any]:
+    """The data set without what the device does not do."""
+    return {
+        **dataset,
+        "decode": decode,
+        "transform": {**(dataset.get("transform") or {}), "auto_augment": None, "color_jitter": None},
+    }
+
+
+def loader_rate(cfg: Config, dataset: dict[str, Any], workers: int, seconds: float) -> float:
+    """Images/s of the loader without a model, after its first batches; what it leaves to the device is done there."""
+    settings = {**cfg.train_dataloader, "num_workers": workers, "dataset": dataset}
+    if not issubclass(DATASETS.get(dataset["type"]), IterableDataset):  # a small data set would end while the workers start
+        settings["dataset"] = {"type": "visionssm.Repeated", "dataset": dataset, "length": 10_000 * cfg.train_dataloader.batch_size}
+    loader = Runner.build_dataloader(settings, seed=0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, started = 0, 0.0
     for number, batch in enumerate(loader):
+        if "encoded" in batch:
+            decode_batch(batch, device)
         if number == max(4, workers):  # the workers have started
-            started = time.perf_counter()
+            started = clock()
         elif started:
             images += len(batch["labels"])
             if time.perf_counter() - started > seconds:
                 break
     if not images:
         raise UserError(f"data_root: {workers} workers leave no batch to measure in {len(loader)}; more images, or smaller batches")
-    return images / (time.perf_counter() - started)
+    return images / (clock() - started)
 
 
 def record(rows: list[dict[str, Any]], out: Path) -> None:
     """Add to the table in `out`; with more than one process, say how each rate compares with that of one process there."""
     earlier = list(csv.DictReader(out.open(newline=""))) if out.exists() else []
     for row in rows:
-        same = ("what", "config", "batch", "device")
+        same = ("what", "config", "batch", "compiled", "device")
         alone = [old for old in earlier if old["processes"] == "1" and all(old[key] == str(row[key]) for key in same)]
         if row["processes"] > 1 and alone:
             row["scaling"] = round(row["images_per_s"] / row["processes"] / float(alone[-1]["images_per_s"]), 3)
@@ -184,11 +204,17 @@ def rates(cfg: Config, arguments: argparse.Namespace) -> Iterator[tuple[str, flo
     classes = cfg.model.backbone.num_classes
     synthetic = {"type": "visionssm.SyntheticImages", "num_classes": classes, "input_size": cfg.input_size}
     yield "loop, synthetic images", loop_rate(cfg, synthetic, *timed)
+    own = cfg.train_dataloader.dataset
+    kinds = {"": own}
+    if arguments.device_decode:
+        kinds |= {", crops alone": crops_of(own, "worker"), ", device decode": crops_of(own, "device")}
     if arguments.real:
-        yield "loop, real images", loop_rate(cfg, {"type": "visionssm.Repeated", "dataset": cfg.train_dataloader.dataset}, *timed)
+        for kind in [kind for kind in kinds if "alone" not in kind]:
+            yield f"loop, real images{kind}", loop_rate(cfg, {"type": "visionssm.Repeated", "dataset": kinds[kind]}, *timed)
     if get_world_size() == 1:
         for workers in arguments.workers:
-            yield f"loader alone, {workers} workers", loader_rate(cfg, workers, arguments.seconds)
+            for kind, dataset in kinds.items():
+                yield f"loader alone{kind}, {workers} workers", loader_rate(cfg, dataset, workers, arguments.seconds)
 
 
 def main() -> None:
@@ -198,6 +224,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="training steps; the first fifth is not counted")
     add_compile_arguments(parser)
     parser.add_argument("--real", action="store_true", help="also time the loop on the config's own images")
+    parser.add_argument("--device-decode", action="store_true", help="also time decoding on the device")
     parser.add_argument("--workers", nargs="*", type=int, default=[], help="numbers of workers to time the loader with")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each number of workers")
     parser.add_argument("--out", type=Path, help="a CSV file to add the rates to")
@@ -212,15 +239,21 @@ def main() -> None:
         facts = {"processes": get_world_size(), "config": Path(cfg.filename).stem, "batch": cfg.train_dataloader.batch_size}
         machine = environment("cuda" if torch.cuda.is_available() else "cpu")
         rows = []
-        for what, rate in rates(cfg, arguments):
-            rows.append({"what": what, "images_per_s": round(rate, 1), **facts, "compiled": compile_mode(arguments), **machine})
-            share = (
-                f", {rate / rows[0]['images_per_s']:.3f} of the bare step" if what.startswith("loop") and not distributed else ""
-            )
-            if is_main_process():
-                print(f"{what:28} {rate:9.1f} images/s{share}, {facts['processes']} x {facts['batch']}", flush=True)
-        if arguments.out and is_main_process():
-            record(rows, arguments.out)
+        try:
+            for what, rate in rates(cfg, arguments):
+                rows.append(
+                    {"what": what, "images_per_s": round(rate, 1), **facts, "compiled": compile_mode(arguments) or "no", **machine}
+                )
+                share = (
+                    f", {rate / rows[0]['images_per_s']:.3f} of the bare step"
+                    if what.startswith("loop") and not distributed
+                    else ""
+                )
+                if is_main_process():
+                    print(f"{what:40} {rate:9.1f} images/s{share}, {facts['processes']} x {facts['batch']}", flush=True)
+        finally:  # what follows a rate may fail for want of memory or data
+            if arguments.out and rows and is_main_process():
+                record(rows, arguments.out)
 
 
 if __name__ == "__main__":

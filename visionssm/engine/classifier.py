@@ -22,13 +22,15 @@ from visionssm.registry import MODELS
 from visionssm.weights import load_weights
 
 from .augment import BatchAugmentation
+from .device_decode import decode_batch
 
 
 @MODELS.register_module()
 class ImagePreprocessor(BaseDataPreprocessor):
     """Moves a batch of uint8 images to the device and normalises it there: a quarter of the bytes travel.
 
-    In training it augments the batch before that, and erases and mixes after it, also on the device.
+    Images that are still encoded (a data set's `decode="device"`) are decoded there first. In training it augments the batch before
+    it normalises, and erases and mixes after it, also on the device.
 
     Args:
         mean: per channel, in [0, 1] units.
@@ -58,7 +60,8 @@ class ImagePreprocessor(BaseDataPreprocessor):
 
         Labels `(batch,)` stay as they are, unless they are mixed in training, to `(batch, num_classes)` of sum 1.
         """
-        images, labels = self.cast_data((data["images"], data["labels"]))
+        images, labels = decode_batch(data, self.device) if "encoded" in data else (data["images"], data["labels"])
+        images, labels = self.cast_data((images, labels))
         if training and self.augmentation:
             images = self.augmentation(images)
         images = (images.float() - self.mean) / self.std

@@ -1,7 +1,8 @@
 """Data sets for classification: images through timm's readers and transforms, as dicts that mmengine's loops understand.
 
 A sample is `{"image": uint8 (C, H, W), "label": int, "unreadable": tuple of paths}`; a batch has `images`, `labels` and all
-its `unreadable` paths. Normalisation happens on the device (see ImagePreprocessor).
+its `unreadable` paths. Normalisation happens on the device (see ImagePreprocessor), and decoding too if that is wanted: then an
+image is an EncodedImage, and a batch has `encoded` ones.
 """
 
 import os
@@ -24,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from visionssm.errors import UserError, did_you_mean, first_line
 from visionssm.registry import DATASETS, FUNCTIONS
+
+from .device_decode import DrawnView, EncodedImage, EncodedImages
 
 IGNORED = -1  # the label of an image that could not be read: no metric counts it
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
@@ -85,10 +88,27 @@ class IndexedImages(ImageDataset):
 
     An image that cannot be decoded is replaced in training by the next one that can; in the other splits it keeps its
     place as a black image with the label `IGNORED`. Either way its name travels with the batch, to be counted.
+
+    With `decode="device"` the loader's workers leave JPEG files as they are, see device_decode.py; other files are decoded here.
     """
 
     reader: Reader
     place: str  # where the images lie, for messages
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        split: str,
+        input_size: int | Sequence[int],
+        transform: Mapping[str, Any] | None,
+        decode: str,
+    ) -> None:
+        super().__init__(classes, split, input_size, transform)
+        if decode not in ("worker", "device"):
+            raise UserError(f'dataset.decode: got {decode!r}, expected "worker" or "device"')
+        if decode == "device" and not self.is_training:
+            raise UserError(f'dataset.decode: expected "worker" for the split {split!r}: "device" is for training')
+        self.drawn_view = DrawnView(self.transform) if decode == "device" else None
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -99,7 +119,8 @@ class IndexedImages(ImageDataset):
             candidate = (index + offset) % len(self)
             image, label = self.read(candidate)
             if image is not None:
-                return {"image": self.transform(image), "label": label, "unreadable": tuple(unreadable)}
+                image = image if isinstance(image, EncodedImage) else self.transform(image)
+                return {"image": image, "label": label, "unreadable": tuple(unreadable)}
             unreadable.append(self.file_name(candidate))
             if not self.is_training:
                 _, height, width = self.data_config["input_size"]
@@ -110,11 +131,13 @@ class IndexedImages(ImageDataset):
                 }
         raise UserError(f"data_root: none of the {len(self)} images in {self.place} can be read")
 
-    def read(self, index: int) -> tuple[Image.Image | None, int]:
-        """The decoded RGB image, or None where it cannot be decoded, and its label."""
+    def read(self, index: int) -> tuple[Image.Image | EncodedImage | None, int]:
+        """The RGB image, or None where it cannot be decoded, and its label."""
         try:
             file, label = self.reader[index]
             with file:
+                if self.drawn_view:
+                    return self.drawn_view(file, self.file_name(index)), label
                 return Image.open(file).convert("RGB"), label
         except _DECODE_ERRORS:
             return None, IGNORED
@@ -135,6 +158,8 @@ class ImageFolder(IndexedImages):
         transform: further arguments of `timm.data.create_transform`.
         class_map: a text file with the folder of one class a line, in the order of the labels; by default that of the names in
             `data_root/train`.
+        decode: "worker", or "device" for JPEG files of a training split: a worker then only reads them, and crop and mirror image
+            are all that `transform` may ask for.
 
     Raises:
         UserError: no data root, a missing or empty folder, a class that the training split or the map does not know.
@@ -147,6 +172,7 @@ class ImageFolder(IndexedImages):
         input_size: int | Sequence[int] = 224,
         transform: Mapping[str, Any] | None = None,
         class_map: str | None = None,
+        decode: str = "worker",
     ) -> None:
         if data_root is None:
             raise UserError("data_root: none given; add --cfg-options data_root=FOLDER")
@@ -164,7 +190,7 @@ class ImageFolder(IndexedImages):
         for name in _subfolders(folder):
             if nested := _subfolders(folder / name):
                 raise UserError(f"data_root: {folder / name} holds folders ({nested[0]}); images must lie directly in it")
-        super().__init__(classes, split, input_size, transform)
+        super().__init__(classes, split, input_size, transform, decode)
         self.folder = folder
         indices = {name: index for index, name in enumerate(classes)}
         try:
@@ -191,6 +217,8 @@ class HubImages(IndexedImages):
         transform: further arguments of `timm.data.create_transform`.
         input_key: the column with the images.
         target_key: the column with the labels; its feature names the classes.
+        decode: "worker", or "device" for JPEG files of a training split: a worker then only reads them, and crop and mirror image
+            are all that `transform` may ask for.
 
     Raises:
         UserError: the package is missing, or it refuses the name, the split or a column.
@@ -205,6 +233,7 @@ class HubImages(IndexedImages):
         transform: Mapping[str, Any] | None = None,
         input_key: str = "image",
         target_key: str = "label",
+        decode: str = "worker",
     ) -> None:
         require_package("datasets", f"hub data set {name}")
         self.name = name
@@ -221,7 +250,7 @@ class HubImages(IndexedImages):
         indices = self.reader.class_to_idx
         if not indices:
             raise UserError(f"dataset.target_key: column {target_key!r} of {name} does not name its classes")
-        super().__init__(sorted(indices, key=indices.get), split, input_size, transform)
+        super().__init__(sorted(indices, key=indices.get), split, input_size, transform, decode)
 
     def file_name(self, index: int) -> str:
         """The file's name, where the data set has kept it, and the index."""
@@ -257,6 +286,8 @@ class CachedImages(Dataset):
     ) -> None:
         shared = {"data_root": data_root, "input_size": input_size}
         inner = DATASETS.build({**{key: value for key, value in shared.items() if value is not None}, **dataset})
+        if getattr(inner, "drawn_view", None):
+            raise UserError('dataset.dataset.decode: expected "worker", as these images are decoded once and kept')
         self.metainfo, self.split, self.data_config = inner.metainfo, inner.split, inner.data_config
         loader = DataLoader(inner, batch_size=256, num_workers=workers, collate_fn=_stacked, worker_init_fn=init_worker)
         self.images = torch.empty(len(inner), *inner.data_config["input_size"], dtype=torch.uint8)
@@ -320,13 +351,22 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 @FUNCTIONS.register_module()
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | list[str]]:
-    """Stack samples to `images (batch, C, H, W)` uint8, `labels (batch,)` int64, and a list of `unreadable` paths."""
-    return {
-        "images": torch.stack([sample["image"] for sample in samples]),
-        "labels": torch.tensor([sample["label"] for sample in samples]),
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | list[str] | EncodedImages]:
+    """Stack samples to `images (batch, C, H, W)` uint8, `labels (batch,)` int64, and a list of `unreadable` paths.
+
+    Images that are to be decoded on the device come first, in `encoded`; `images` is missing if there are no others.
+    """
+    encoded = [sample for sample in samples if isinstance(sample["image"], EncodedImage)]
+    decoded = [sample for sample in samples if not isinstance(sample["image"], EncodedImage)]
+    batch = {
+        "labels": torch.tensor([sample["label"] for sample in (*encoded, *decoded)]),
         "unreadable": [path for sample in samples for path in sample["unreadable"]],
     }
+    if encoded:
+        batch["encoded"] = EncodedImages.gathered([sample["image"] for sample in encoded])
+    if decoded:
+        batch["images"] = torch.stack([sample["image"] for sample in decoded])
+    return batch
 
 
 @FUNCTIONS.register_module()

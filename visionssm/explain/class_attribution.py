@@ -11,6 +11,7 @@ from visionssm.errors import UserError
 
 from . import published
 from .attention import Attention
+from .layout import Token
 from .products import before, last_row, late_layer, layer_range
 from .recording import Tape, record
 
@@ -19,7 +20,7 @@ def attribution(
     model: nn.Module,
     images: Tensor,
     target: int | Tensor | None = None,
-    token: str | int | tuple[int, int] | None = None,
+    token: Token | None = None,
     start_layer: int | None = None,
     block: int | None = None,
     as_published: bool = False,
@@ -45,15 +46,34 @@ def attribution(
     Raises:
         UserError: a model that cannot be recorded, a class, token or layer that is not there.
     """
+    tape, layers, gradients = class_gradients(model, images, target, start_layer, of_stream=as_published)
+    if as_published:
+        return published.attribution(tape, gradients, layers)
+    return weighted_product(tape, layers, gradients, token, block)
+
+
+def class_gradients(
+    model: nn.Module, images: Tensor, target: int | Tensor | None, start_layer: int | None, of_stream: bool = False
+) -> tuple[Tape, range, list[Tensor]]:
+    """Run the model and differentiate the class's logit; the arguments are those of `attribution`.
+
+    Returns:
+        The recording, the layers of the product, and for each of them the gradient with respect to the gated scan, `(batch, L, E)`
+        or `(batch, h, w, E)`; `of_stream` to the residual stream that its block reads.
+    """
     with torch.inference_mode(False), torch.enable_grad(), record(model) as tape:
         layers = layer_range(tape, late_layer(tape) if start_layer is None else start_layer, None)
         with _taps(tape, layers) as taps:
             logits = model(images.clone().requires_grad_())
         chosen = logits.gather(1, check_target(logits, target).unsqueeze(1)).sum()
-        wanted = [tap.stream if as_published else tap.gated for tap in taps]
-        gradients = torch.autograd.grad(chosen, wanted)
-    if as_published:
-        return published.attribution(tape, list(gradients), layers)
+        wanted = [tap.stream if of_stream else tap.gated for tap in taps]
+        return tape, layers, list(torch.autograd.grad(chosen, wanted))
+
+
+def weighted_product(
+    tape: Tape, layers: range, gradients: list[Tensor], token: Token | None = None, block: int | None = None
+) -> Tensor:
+    """The map that follows from a recording and from the gradients of its gated scans, see `attribution`."""
     row = last_row(tape, token, layers)
     for index, gradient in zip(reversed(layers), reversed(gradients), strict=True):
         weight = gradient.to(row.dtype).mean(-1).flatten(1)  # [B, L]
