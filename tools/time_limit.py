@@ -32,6 +32,8 @@ class TimeLimit(Hook):
         warmup: updates in which the learning rate rises.
     """
 
+    priority = "HIGHEST"  # before the hook that logs the learning rate
+
     def __init__(self, seconds: float, warmup: int = 100) -> None:
         self.seconds, self.warmup = seconds, warmup
         self.begin: float | None = None
