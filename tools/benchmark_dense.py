@@ -1,7 +1,8 @@
 """Train the nano detector and segmentors on real images and write what they reach to a JSON file.
 
-`python tools/benchmark_dense.py DATA -o results.json [--pretrained WEIGHTS]`; DATA is the folder with coco_tiny.zip and camvid.zip.
-Every run is a process of its own, and all run at the same time; with more than one GPU the detector has the first for itself.
+`python tools/benchmark_dense.py DATA [-o results.json] [--pretrained WEIGHTS] [--seconds N]`; DATA is the folder with
+coco_tiny.zip and camvid.zip. Every run is a process of its own, and all run at the same time; with more than one GPU the detector
+has the first for itself. `--document [-o results.json]` fills the section of docs/dense.md.
 """
 
 import argparse
@@ -15,6 +16,10 @@ import time
 import zipfile
 from pathlib import Path
 
+from document_sections import replace_sections
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "dense_h200.json"
 DETECTOR = "detection/mask-rcnn_vmamba-nano_fpn_coco-tiny"
 SEGMENTOR = "segmentation/upernet_vmamba-nano_camvid"
 PEER = "segmentation/upernet_resnet18_camvid"
@@ -30,19 +35,29 @@ ON_TRAINING_IMAGES = (  # the detector's test, on the images that it has learned
     "test_dataloader.dataset.data_prefix.img=train2017/",
     "test_evaluator.ann_file={root}/annotations/instances_train2017.json",
 )
+BOX, MASK, IOU = "bbox_mAP", "segm_mAP", "mIoU"
 
 
 def main() -> None:
     """Start the runs that were asked for, or, as one of these processes, be one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path, help="folder with coco_tiny.zip and camvid.zip")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("data", type=Path, nargs="?", help="folder with coco_tiny.zip and camvid.zip")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="JSON file; default: benchmarks/dense_h200.json")
     parser.add_argument("--pretrained", help="weights of a vmamba_nano for the segmentor; without, that run is left out")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="which runs; default: all")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="changes to every config, e.g. train_cfg.max_epochs=1")
     parser.add_argument("--work-dir", type=Path, help="folder for logs and checkpoints; default: a temporary one")
+    parser.add_argument(
+        "--seconds", type=float, metavar="N", help="train for N seconds in place of the configs' schedules; tests follow"
+    )
+    parser.add_argument("--document", action="store_true", help="fill the section of docs/dense.md from the JSON file")
     parser.add_argument("--single", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.document:
+        replace_sections(ROOT / "docs" / "dense.md", {"real images": table(json.loads(args.output.read_text()))})
+        return
+    if args.data is None:
+        parser.error("expected DATA, or --document")
     if args.single:
         args.output.write_text(json.dumps(measure(args.single, args)))
         return
@@ -66,6 +81,7 @@ def start(names: list[str], scratch: Path, args: argparse.Namespace) -> None:
         out = scratch / f"{number}.json"
         command = [sys.executable, __file__, str(scratch), "-o", str(out), "--single", name, "--work-dir", str(args.work_dir)]
         command += ["--pretrained", args.pretrained] if name == PRETRAINED else []
+        command += ["--seconds", str(args.seconds)] if args.seconds else []
         command += ["--cfg-options", *args.cfg_options] if args.cfg_options else []
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)} if gpus else os.environ
         processes[name] = (subprocess.Popen(command, env=environment), out)
@@ -85,6 +101,7 @@ def start(names: list[str], scratch: Path, args: argparse.Namespace) -> None:
 def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     """Train and test in this process."""
     import torch
+    from time_limit import timed_config
 
     from visionssm.engine.launch import newest_checkpoint, test, train
 
@@ -95,7 +112,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     options = [f"data_root={root}", *args.cfg_options]
     if args.pretrained:
         options.append(f"model.backbone.pretrained={args.pretrained}")
-    common = {"config": config, "work_dir": str(work), "cfg_options": options}
+    work.mkdir(parents=True, exist_ok=True)
+    source = timed_config(config, args.seconds, work) if args.seconds else config
+    common = {"config": source, "work_dir": str(work), "cfg_options": options}
     begin = time.perf_counter()
     metrics = train(argparse.Namespace(**common, resume=False, amp=False, compile=False, compile_mode=None))
     seconds = time.perf_counter() - begin
@@ -104,6 +123,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     result = {
         "config": config,
         "options": args.cfg_options,
+        "seconds of the schedule": args.seconds,
         "pretrained": bool(args.pretrained),
         "parameters": sum(v.numel() for k, v in meta["state_dict"].items() if "running_" not in k),
         "updates": meta["meta"]["iter"],
@@ -115,6 +135,24 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
         learned = argparse.Namespace(**{**common, "cfg_options": options}, checkpoint=checkpoint, tta=False)
         result["test on the training images"] = test(learned)
     return result
+
+
+def table(results: dict) -> list[str]:
+    """The results as lines of Markdown; scores in percent."""
+    lines = [
+        "| run | parameters, M | updates | training and test, min | box AP, training images | mask AP, training images "
+        "| box AP | mask AP | mIoU |",
+        "|---|" + "---:|" * 8,
+    ]
+    for name, run in results["runs"].items():
+        learned, test = run.get("test on the training images", {}), run["test"]
+        scores = [learned.get(BOX), learned.get(MASK), test.get(BOX), test.get(MASK), test.get(IOU)]
+        cells = [f"{run['parameters'] / 1e6:.2f}", str(run["updates"]), f"{run['seconds of training and test'] / 60:.1f}"]
+        cells += ["" if score is None else f"{score:.1f}" for score in scores]
+        lines.append(f"| {name}{', from CIFAR-10' if run['pretrained'] else ''} | {' | '.join(cells)} |")
+    used = results["machine"]
+    device = f"{len(used['gpus'])} x {used['gpus'][0]}" if used["gpus"] else "no GPU"
+    return [*lines, "", f"Measured on {device}, {used['cores']} cores, torch {used['torch']}, all runs at the same time."]
 
 
 def machine() -> dict[str, object]:

@@ -48,6 +48,16 @@ def test_train_then_test(tiny, capsys):
     assert f"top-1: {accuracy} %" in capsys.readouterr().out
 
 
+def test_training_without_checkpoints(tiny, capsys):
+    """As on a process that is done before the first one has written its file: there is none to name."""
+    config, work = tiny
+    options = ("default_hooks.checkpoint=None", "train_cfg.max_epochs=1")
+    assert main_train([str(config), "--work-dir", str(work), "--cfg-options", *options]) == 0
+    out = capsys.readouterr().out
+    assert "top-1: " in out
+    assert "checkpoint " not in out
+
+
 def test_exported_weights_are_the_trained_ones(tiny):
     config, work = tiny
     main_train([str(config), "--work-dir", str(work), "--cfg-options", "train_cfg.max_epochs=1"])

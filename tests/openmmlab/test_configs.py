@@ -60,9 +60,9 @@ def build(name, **backbone):
         return cfg, MODELS.build(cfg.model)
 
 
-def batch(cfg, height=64, width=96, boxes=1):
-    """Two images with one object each, or a map of two classes each, in the form that the package's data sets have."""
-    inputs = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8) for _ in range(2)]
+def batch(cfg, height=64, width=96, boxes=1, images=2):
+    """Images with one object each, or a map of two classes each, in the form that the package's data sets have."""
+    inputs = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8) for _ in range(images)]
     if cfg.default_scope == "mmseg":
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
@@ -100,6 +100,17 @@ def batch(cfg, height=64, width=96, boxes=1):
     return {"inputs": inputs, "data_samples": samples}
 
 
+def check_learning(cfg, model, data):
+    """A training step has finite losses and changes the backbone."""
+    optim = {key: value for key, value in cfg.optim_wrapper.items() if key not in ("constructor", "paramwise_cfg", "dtype")}
+    wrapper = OptimWrapperConstructor(optim, cfg.optim_wrapper.get("paramwise_cfg"))(model)
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    losses = model.train().train_step(data, wrapper)
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    after = model.backbone.state_dict()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
 def small(cfg):
     """Fixed sizes of a recipe's padding, made small for a test."""
     preprocessor = cfg.model.data_preprocessor
@@ -120,13 +131,7 @@ def test_builds_predicts_and_learns(name):
         check_channels(model)
         if name in PARAMETERS:
             assert round(sum(p.numel() for p in model.parameters()) / 1e6) == PARAMETERS[name]
-        optim = {key: value for key, value in cfg.optim_wrapper.items() if key not in ("constructor", "paramwise_cfg", "dtype")}
-        wrapper = OptimWrapperConstructor(optim, cfg.optim_wrapper.get("paramwise_cfg"))(model)
-        before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
-        losses = model.train().train_step(batch(cfg), wrapper)
-        assert all(torch.isfinite(value).all() for value in losses.values())
-        after = model.backbone.state_dict()
-        assert any(not torch.equal(before[key], after[key]) for key in before)
+        check_learning(cfg, model, batch(cfg))
         results = model.eval().test_step(batch(cfg))
     assert len(results) == 2
     if cfg.default_scope == "mmseg":
@@ -246,12 +251,22 @@ def test_heads_are_the_stock_ones(name, stock, tmp_path):
 NANO = "mask-rcnn_vmamba-nano_fpn_digit-scenes"
 
 
-@pytest.mark.parametrize("size", [(427, 640), (333, 201)])
-def test_any_size(size):
-    """A batch of images of odd and non-square sizes."""
-    cfg, model = build(NANO)
+@pytest.mark.parametrize(
+    ("name", "size", "images"),
+    [(NANO, (800, 1333), 1), (NANO, (427, 640), 1), (NANO, (333, 201), 2), ("upernet_vmamba-nano_digit-scenes", (123, 77), 2)],
+)
+def test_any_size(name, size, images):
+    """COCO's usual sizes, and odd ones: a training step, and predictions of the images' size."""
+    cfg, model = build(name)
+    if cfg.default_scope == "mmseg":
+        model.data_preprocessor.size = size  # to which it pads what it trains on
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        assert len(model.eval().test_step(batch(cfg, *size))) == 2
+        check_learning(cfg, model, batch(cfg, *size, images=images))
+        results = model.eval().test_step(batch(cfg, *size, images=images))
+    assert len(results) == images
+    for result in results:
+        shape = result.pred_sem_seg.data.shape if cfg.default_scope == "mmseg" else result.pred_instances.masks.shape
+        assert tuple(shape[1:]) == size
 
 
 def test_images_without_boxes():

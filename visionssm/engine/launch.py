@@ -103,7 +103,8 @@ def report(runner: Runner, checkpoint: str | None) -> dict[str, float]:
     unreadable = sum(len(hook.paths) for hook in runner.hooks if isinstance(hook, UnreadableImagesHook))
     if unreadable:
         _say(f"{unreadable} images could not be read and were skipped: {UnreadableImagesHook.path(runner)}")
-    places = {"checkpoint": checkpoint, "log": Path(runner.log_dir) / f"{runner.timestamp}.log"}
+    places = {"checkpoint": checkpoint} if checkpoint else {}
+    places["log"] = Path(runner.log_dir) / f"{runner.timestamp}.log"
     for name, hook in (("for timm", ExportHook), ("pictures", ContactSheetHook), ("curve", LearningCurveHook)):
         if any(isinstance(used, hook) for used in runner.hooks) and hook.path(runner).exists():
             places[name] = hook.path(runner)

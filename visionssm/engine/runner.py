@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from mmengine.dist import master_only
 from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
@@ -26,6 +27,13 @@ class Runner(MMEngineRunner):
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """The log file takes every line, the terminal only warnings and errors that concern the user."""
         return quiet(super().build_logger(*args, **kwargs))
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Also with synchronised batch norms on CPUs, which torch refuses: plain ones take their place."""
+        if self.distributed and not torch.cuda.is_available() and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+            self.logger.warning("SyncBN needs GPUs: on CPUs every process normalises by the statistics of its own images")
+            model = revert_sync_batchnorm(model)
+        return super().wrap_model(model_wrapper_cfg, model)
 
     def train(self) -> nn.Module:
         """Train; a schedule in iterations goes on while gradients accumulate, of which mmengine would warn."""

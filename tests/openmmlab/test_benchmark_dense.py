@@ -1,0 +1,62 @@
+"""The driver of the runs on real images: training by the clock, the table."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from visionssm.engine.launch import main_train, newest_checkpoint
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """The tools' folder, from which they import one another."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+
+def test_training_ends_on_time_at_a_rate_of_zero(tools, digit_scenes, tmp_path, capsys):
+    from time_limit import timed_config
+
+    seconds = 6
+    config = timed_config("upernet_vmamba-nano_digit-scenes", seconds, tmp_path)
+    options = [f"data_root={digit_scenes}", "default_hooks.logger.interval=1", "test_dataloader.dataset.indices=1"]
+    options += [f"{loader}_dataloader.num_workers=0" for loader in ("train", "test")]
+    options += ["train_dataloader.persistent_workers=False", "train_dataloader.batch_size=2"]
+    work = tmp_path / "work"
+    assert main_train([config, "--work-dir", str(work), "--cfg-options", *options]) == 0, capsys.readouterr().err
+    (log,) = work.glob("*/vis_data/scalars.json")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    assert newest_checkpoint(work) == str(work / f"iter_{len(rows)}.pth")
+    begun = [sum(row["time"] for row in rows[1 : n + 1]) / seconds for n in range(len(rows))]  # of the time, as each update begins
+    assert begun[-1] < 1 + rows[-1]["time"] / seconds
+    for n, (row, share) in enumerate(zip(rows, begun, strict=True)):
+        warmup = 1e-3 * (n + 1) / 100
+        assert 0 < row["lr"] <= warmup
+        assert row["lr"] == pytest.approx(warmup * (1 + math.cos(math.pi * share)) / 2, abs=0.2 * warmup)
+
+
+def test_table(tools):
+    from benchmark_dense import table
+
+    common = {"parameters": 2_500_000, "updates": 100, "seconds of training and test": 90.0, "pretrained": False}
+    results = {
+        "machine": {"gpus": ["GPU"] * 2, "cores": 4, "torch": "2.11"},
+        "runs": {
+            "detector": {
+                **common,
+                "test": {"bbox_mAP": 1.0, "segm_mAP": 2.0},
+                "test on the training images": {"bbox_mAP": 45.04, "segm_mAP": 40.0},
+            },
+            "segmentor": {**common, "pretrained": True, "test": {"mIoU": 55.54}},
+        },
+    }
+    lines = table(results)
+    assert lines[2] == "| detector | 2.50 | 100 | 1.5 | 45.0 | 40.0 | 1.0 | 2.0 |  |"
+    assert lines[3].startswith("| segmentor, from CIFAR-10 | 2.50 |")
+    assert lines[3].endswith("|  |  |  |  | 55.5 |")
+    assert {line.count("|") for line in lines[:4]} == {10}
+    assert "2 x GPU, 4 cores, torch 2.11" in lines[-1]
