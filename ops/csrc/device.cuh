@@ -66,6 +66,12 @@ DEVICE void store_if(uint32 condition, float *to, float v) {  // without a branc
 DEVICE void store_if(uint32 condition, uint16 *to, uint16 v) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u16 [%0], %1; }" ::"l"(to), "h"(v), "r"(condition) : "memory");
 }
+// The same address, of which the compiler knows nothing: what it worked out for another access does not then wait in registers.
+template <class V>
+DEVICE V *afresh(V *p) {
+    asm volatile("" : "+l"(p));
+    return p;
+}
 DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE float exchange(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
 DEVICE uint32 ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
@@ -262,7 +268,10 @@ struct ChannelSums {
     }
     DEVICE void add(int t, float b, float c, float b_before, float c_before, int lane) {  // steps t and t - 1
         const int g = lane / 4;
-        multiply_add(d[t / 8], b, c, b_before, c_before, g == t % 8 ? 1.f : 0.f, g == (t - 1) % 8 ? 1.f : 0.f);
+        add(t, b, c, b_before, c_before, g == t % 8 ? 1.f : 0.f, g == (t - 1) % 8 ? 1.f : 0.f);
+    }
+    DEVICE void add(int t, float b, float c, float b_before, float c_before, float column, float column_before) {
+        multiply_add(d[t / 8], b, c, b_before, c_before, column, column_before);
     }
     DEVICE void write(float *out, int lane) {
         const int g = lane / 4, q = lane % 4;

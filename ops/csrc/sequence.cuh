@@ -1,7 +1,7 @@
 // What the scans over mamba's layout, maps (batch, dim, length) with N state variables, share. See device.cuh for the macros that both
 // sets of kernels take; these have moreover
 //   N   states of a channel;  STAGE  steps that are brought to shared memory at once;  HAS_Z  0 or 1
-//   CHANNEL_WARPS, STATE_WARPS  a block has 32 * CHANNEL_WARPS channels, a lane each, and its STATE_WARPS groups of warps share their states
+//   CHANNELS, PARTS  channels of a block, and how many threads share the states of each: thread = part * CHANNELS + channel
 //   FULL     1 where the channels of a group are a multiple of those of a block
 //   SUMMARY  1 for a pass that finds out only what a split of the sequence hands on: its end from zero, and its sum of delta
 //
@@ -9,12 +9,11 @@
 // channels-last, is stored two bytes a lane as well, lanes along the channels. The scan runs in tiles of T steps, a channel a thread,
 // the loop over states outside, that over the steps inside: the steps are registers. delta comes times log2(e), and so B times ln(2).
 
-constexpr int CHANNELS = 32 * CHANNEL_WARPS;
-constexpr int READS = STAGE / STATE_WARPS;                         // a thread's share of a stage of a map
+constexpr int READS = STAGE / PARTS;                               // a thread's share of a stage of a map
 constexpr int MATRIX_READS = (N * STAGE + THREADS - 1) / THREADS;     // and of B or C
 constexpr int ROWS = THREADS / STAGE;                                 // rows that are read at once
-constexpr int OWN_STATES = N / STATE_WARPS;
-static_assert(THREADS == CHANNELS * STATE_WARPS && STAGE % T == 0 && THREADS % STAGE == 0 && STAGE % STATE_WARPS == 0 && N % STATE_WARPS == 0, "");
+constexpr int MATRIX_ROW = STAGE + 4;  // of B and C in shared memory: the rows that a warp reads at once do not share a bank
+static_assert(THREADS == CHANNELS * PARTS && STAGE % T == 0 && THREADS % STAGE == 0 && STAGE % PARTS == 0 && N % PARTS == 0, "");
 
 struct Work {  // of a block
     int k, split, batch;
@@ -28,25 +27,34 @@ DEVICE Work work_of(int channels, int groups, int splits) {
     return {rest % groups, rest / groups % splits, rest / groups / splits, first, left};
 }
 
-// Where a thread's share of a stage lies: a thread always takes the same step, of every ROWS-th row.
-DEVICE const uint16 *share(const uint16 *map, int stride, int thread) { return map + thread / STAGE * stride + thread % STAGE; }
+// A thread's share of a stage: always the same step, of every ROWS-th row. Beyond the last step it reads that one again.
+DEVICE const uint16 *share(const uint16 *map, int stride, int thread) { return map + thread / STAGE * stride; }
+DEVICE int share_step(int stage, int length, int thread) {
+    const int step = stage + thread % STAGE;
+    return step < length ? step : length - 1;
+}
 
-// Start reading a thread's share of a stage of rows first, first + 1, ...; zeros beyond `rows` of them, and where `inside` is false. Nothing
-// is converted here, so that the reads go on while another stage is computed. An address by one multiplication: an index takes three.
-template <int COUNT>
-DEVICE void read_rows(uint16 (&raw)[COUNT], const uint16 *from, int stride, int rows, bool inside, int thread) {
+// Start reading a thread's share of a stage of rows first, first + 1, ..., of which there are `rows`; the caller takes care that all its
+// steps exist. Nothing is converted here, nor packed, so that the reads go on while another stage is computed. An address by one
+// multiplication: an index takes three instructions. WHOLE: no thread's share goes beyond the last row.
+template <bool WHOLE, int COUNT>
+DEVICE void read_rows(uint32 (&raw)[COUNT], const uint16 *from, int stride, int rows, int thread) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        const bool real = inside && thread / STAGE + i * ROWS < rows;
-        raw[i] = real ? *(const uint16 *)((const char *)from + (long long)i * (2 * ROWS * stride)) : (uint16)0;
+        const bool real = WHOLE || thread / STAGE + i * ROWS < rows;
+        raw[i] = real ? *(const uint16 *)((const char *)from + (long long)i * (2 * ROWS * stride)) : 0u;
     }
 }
 
-DEVICE void write_matrix(float (&to)[N][STAGE], const uint16 (&raw)[MATRIX_READS], float times, int thread) {
+DEVICE void read_matrix(uint32 (&raw)[MATRIX_READS], const uint16 *from, int stride, int thread) {
+    read_rows<N * STAGE % THREADS == 0>(raw, from, stride, N, thread);
+}
+
+DEVICE void write_matrix(float (&to)[N][MATRIX_ROW], const uint32 (&raw)[MATRIX_READS], float times, int thread) {
 #pragma unroll
     for (int i = 0; i < MATRIX_READS; i++) {
         const int e = thread + i * THREADS;
-        if (e < N * STAGE) to[e / STAGE][e % STAGE] = to_float(raw[i]) * times;
+        if (e < N * STAGE) to[e / STAGE][e % STAGE] = to_float((uint16)raw[i]) * times;
     }
 }
 
@@ -56,7 +64,7 @@ DEVICE void load_decay(float (&to)[N][CHANNELS], const float *A, int channels, i
 }
 
 // Four steps of a row of B or C.
-DEVICE void load_four(float (&to)[4], const float *from) {
+DEVICE void load_four(float *to, const float *from) {
     const float4 v = *(const float4 *)from;
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }

@@ -9,17 +9,19 @@ constexpr int ROW = STAGE + 8;  // of a map in shared memory: lanes that read 16
 
 struct alignas(16) Shared {
     uint16 delta[CHANNELS][ROW], z[CHANNELS][ROW];
-    float C[N][STAGE];
+    float C[N][MATRIX_ROW];
     float A[N][CHANNELS], carry[N][CHANNELS];
 #if !SUMMARY
     uint16 u[CHANNELS][ROW];
-    float B[N][STAGE];
+    float B[N][MATRIX_ROW];
     float dA[N][CHANNELS];
-    float sums[CHANNEL_WARPS][N][2 * T];
+    float grad[CHANNELS][T + 4];
+    float sums[WARPS][N][2 * T];
+    float columns[8][12];  // of ChannelSums, by lane / 4: the identity, with columns in the pairs that a product takes
 #endif
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
-static_assert(STATE_WARPS == 1, "the backward's states are not shared between warps");
+static_assert(PARTS == 1 && CHANNELS == THREADS, "a thread of the backward has all states of its channel");
 
 // The 16-byte words of a thread's own row, eight steps each.
 DEVICE void load_row(float (&v)[T], const uint16 *row) {
@@ -32,16 +34,16 @@ DEVICE void load_row(float (&v)[T], const uint16 *row) {
     }
 }
 
-DEVICE void copy_rows(uint16 (&to)[CHANNELS][ROW], const uint16 *from, int stride, int channels, bool inside, int thread) {
-    uint16 raw[READS];
-    read_rows(raw, from, stride, channels, inside, thread);
+DEVICE void copy_rows(uint16 (&to)[CHANNELS][ROW], const uint16 *from, int stride, int channels, int thread) {
+    uint32 raw[READS];
+    read_rows<FULL>(raw, from, stride, channels, thread);
 #pragma unroll
-    for (int i = 0; i < READS; i++) to[thread / STAGE + i * ROWS][thread % STAGE] = raw[i];
+    for (int i = 0; i < READS; i++) to[thread / STAGE + i * ROWS][thread % STAGE] = (uint16)raw[i];
 }
 
-DEVICE void copy_matrix(float (&to)[N][STAGE], const uint16 *from, int stride, float times, bool inside, int thread) {
-    uint16 raw[MATRIX_READS];
-    read_rows(raw, from, stride, N, inside, thread);
+DEVICE void copy_matrix(float (&to)[N][MATRIX_ROW], const uint16 *from, int stride, float times, int thread) {
+    uint32 raw[MATRIX_READS];
+    read_matrix(raw, from, stride, thread);
     write_matrix(to, raw, times, thread);
 }
 
@@ -82,7 +84,7 @@ DEVICE void walk_states(Shared &shared, const float (&step)[T], const float (&gr
 // thread's channel of those at the tile's start; B came times ln(2).
 DEVICE void walk_states(
     Shared &shared, float (&through_b)[T], float (&through_a)[T], float (&y)[T], const float (&step)[T], const float (&input)[T],
-    const float (&grad)[T], const float *states, int stride, bool real, int from, int own) {
+    const float *states, int stride, bool real, int from, int own) {
     const int lane = own % 32;
     float next = real ? *states : 0.f;
 #pragma unroll 1
@@ -103,28 +105,31 @@ DEVICE void walk_states(
         }
         ChannelSums sums;
         sums.clear();
-        float after_b = 0.f, after_c = 0.f;
+        float columns[8], after_b = 0.f, after_c = 0.f;
+        load_four(columns, shared.columns[lane / 4]);
+        load_four(columns + 4, shared.columns[lane / 4] + 4);
 #pragma unroll
         for (int t = T - 4; t >= 0; t -= 4) {
-            float b[4], c[4];
+            float b[4], c[4], grad[4];
+            load_four(grad, &shared.grad[own][t]);
             load_four(b, &shared.B[n][from + t]);
             load_four(c, &shared.C[n][from + t]);
 #pragma unroll
             for (int i = 3; i >= 0; i--) {
                 const int s = t + i;
-                const float g = grad[s] * c[i] + carry;
+                const float g = grad[i] * c[i] + carry;
                 carry = a[s] * g;
                 through_b[s] += g * b[i];
                 const float change = carry * (s ? hs[s - 1] : start);
                 dA += change * step[s];
                 through_a[s] += change * slow;
                 if (HAS_Z) y[s] += hs[s] * c[i];
-                const float for_b = g * input[s], for_c = grad[s] * hs[s];
+                const float for_b = g * input[s], for_c = grad[i] * hs[s];
                 if (s % 2) {
                     after_b = for_b;
                     after_c = for_c;
                 } else {
-                    sums.add(s + 1, after_b, after_c, for_b, for_c, lane);
+                    sums.add(s + 1, after_b, after_c, for_b, for_c, columns[s % 8], columns[(s + 1) % 8]);
                 }
             }
         }
@@ -134,14 +139,19 @@ DEVICE void walk_states(
     }
 }
 
-// The block's sums of a tile, to parts (2, batch, groups, N, length) of dB and dC.
+// The block's sums of a tile, to parts (2, batch, groups, N, length) of dB and dC; a lane has always the same of the two and the same step.
 DEVICE void store_sums(float *parts, long long part, const Shared &shared, int length, int steps, int thread) {
-    for (int e = thread; e < N * 2 * T; e += THREADS) {
-        const int n = e / (2 * T), t = e % T, of_c = e / T % 2;
+    const int lane = thread % (2 * T), t = lane % T;
+    const bool of_c = lane >= T;
+    parts += (of_c ? part : 0) + thread / (2 * T) * length + t;
+#pragma unroll
+    for (int i = 0; i < (N + WARPS - 1) / WARPS; i++) {
+        const int n = thread / (2 * T) + i * WARPS;
+        if (t >= steps || n >= N) continue;
         float sum = 0.f;
 #pragma unroll
-        for (int w = 0; w < CHANNEL_WARPS; w++) sum += shared.sums[w][n][e % (2 * T)];
-        if (t < steps) parts[of_c * part + n * length + t] = of_c ? sum : sum * LN2;
+        for (int w = 0; w < WARPS; w++) sum += shared.sums[w][n][lane];
+        *(float *)((char *)parts + (long long)i * (4 * WARPS * length)) = of_c ? sum : sum * LN2;
     }
 }
 #endif
@@ -177,6 +187,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         shared.dA[n][own] = 0.f;
 #endif
     }
+#if !SUMMARY
+    if (thread < 32)
+        for (int i = thread % 4; i < 8; i += 4) shared.columns[thread / 4][i ^ 1] = thread / 4 == i ? 1.f : 0.f;
+#endif
     const float own_bias = HAS_BIAS && real ? bias[c + own] * LOG2E : 0.f;
 #if SUMMARY
     float total = 0.f;
@@ -196,14 +210,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         const int steps = length - first_step < T ? length - first_step : T;
         __syncthreads();  // the last tile's sums are stored
         if (tile == end - 1 || from == STAGE - T) {
-            const int stage = first_step - from;
-            const bool inside = stage + thread % STAGE < length;
-            copy_rows(shared.delta, delta + stage, delta_row, work.left, inside, thread);
-            if (HAS_Z) copy_rows(shared.z, z + stage, z_row, work.left, inside, thread);
-            copy_matrix(shared.C, C + stage, C_row, 1.f, inside, thread);
+            const int read = share_step(first_step - from, length, thread);
+            copy_rows(shared.delta, delta + read, delta_row, work.left, thread);
+            if (HAS_Z) copy_rows(shared.z, z + read, z_row, work.left, thread);
+            copy_matrix(shared.C, C + read, C_row, 1.f, thread);
 #if !SUMMARY
-            copy_rows(shared.u, u + stage, u_row, work.left, inside, thread);
-            copy_matrix(shared.B, B + stage, B_row, LN2, inside, thread);
+            copy_rows(shared.u, u + read, u_row, work.left, thread);
+            copy_matrix(shared.B, B + read, B_row, LN2, thread);
 #endif
         }
         float step[T], grad[T];
@@ -222,15 +235,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
 #pragma unroll
         for (int t = 0; t < T; t++) {
             input[t] *= step[t];
+            shared.grad[own][t] = grad[t];  // read by this thread alone: registers are short
             through_b[t] = through_a[t] = y[t] = 0.f;
         }
         walk_states(
-            shared, through_b, through_a, y, step, input, grad, states + (long long)tile * N * channels, channels, real, from, own);
+            shared, through_b, through_a, y, step, input, states + (long long)tile * N * channels, channels, real, from, own);
+        grads = afresh(grads);
         float value[T], v[T], gate[T];
+        char *const to_du = (char *)(du + (long long)first_step * dim), *const to_dz = (char *)(dz + (long long)first_step * dim);
+        char *const to_ddelta = (char *)(ddelta + (long long)first_step * dim);
         load_row(value, &shared.u[own][from]);
         load_row(v, &shared.delta[own][from]);
         if (HAS_Z) load_row(gate, &shared.z[own][from]);
-        const long long place = (long long)first_step * dim;
 #pragma unroll
         for (int t = 0; t < T; t++) {
             float slope = LOG2E;
@@ -239,16 +255,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
                 slope = reciprocal(1.f + e) * (full > 0.f ? LOG2E : e * LOG2E);
             }
             const float change = (through_b[t] * value[t] + through_a[t]) * slope;
-            sum_D += grad[t] * value[t];
+            const float grad = shared.grad[own][t];
+            sum_D += grad * value[t];
             sum_bias += change;
             if (!real || t >= steps) continue;
-            const long long at = place + (long long)t * dim;
-            du[at] = to_map(through_b[t] * step[t] + skip * grad[t]);
-            ddelta[at] = to_map(change);
+            const long long at = (long long)t * (2 * dim);
+            *(uint16 *)(to_du + at) = to_map(through_b[t] * step[t] + skip * grad);
+            *(uint16 *)(to_ddelta + at) = to_map(change);
             if (HAS_Z) {
                 const float open = reciprocal(1.f + exp2_fast(gate[t] * -LOG2E));
-                const float out = to_float(grads[(long long)t * dy_step]);
-                dz[at] = to_map(out * (y[t] + skip * value[t]) * open * (1.f + gate[t] * (1.f - open)));
+                const float out = to_float(*(const uint16 *)((const char *)grads + (long long)t * (2 * dy_step)));
+                *(uint16 *)(to_dz + at) = to_map(out * (y[t] + skip * value[t]) * open * (1.f + gate[t] * (1.f - open)));
             }
         }
         __syncthreads();

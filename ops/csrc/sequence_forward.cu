@@ -4,13 +4,13 @@
 // the states. Where several warps share the states of a channel, their parts of y meet in shared memory.
 
 struct alignas(16) Shared {
-    float B[N][STAGE], C[N][STAGE];
+    float B[N][MATRIX_ROW], C[N][MATRIX_ROW];
     float A[N][CHANNELS], h[N][CHANNELS];
     float2 steps[STAGE][CHANNELS + 1];  // delta, delta u
 #if !SUMMARY
     float2 gates[STAGE][CHANNELS + 1];  // D u, silu(z)
-#if STATE_WARPS > 1
-    float y[STATE_WARPS][STAGE][CHANNELS];
+#if PARTS > 1
+    float y[PARTS][STAGE * CHANNELS + 8];
 #endif
 #endif
     float2 parameters[CHANNELS];  // bias, D
@@ -18,21 +18,21 @@ struct alignas(16) Shared {
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
 
 DEVICE void write_steps(
-    Shared &shared, const uint16 (&u)[READS], const uint16 (&delta)[READS], const uint16 (&z)[READS], bool inside, int thread) {
+    Shared &shared, const uint32 (&u)[READS], const uint32 (&delta)[READS], const uint32 (&z)[READS], bool inside, int thread) {
     const int t = thread % STAGE;
 #pragma unroll
     for (int i = 0; i < READS; i++) {
         const int c = thread / STAGE + i * ROWS;
         const float2 parameters = shared.parameters[c];
-        const float value = to_float(u[i]);
-        float v = to_float(delta[i]) * LOG2E + parameters.x, unused;
+        const float value = to_float((uint16)u[i]);
+        float v = to_float((uint16)delta[i]) * LOG2E + parameters.x, unused;
         if (SOFTPLUS) v = softplus(v, unused);
         v = inside ? v : 0.f;  // a step after the last changes no state
         shared.steps[t][c] = {v, v * value};
 #if !SUMMARY
         float gate = 1.f;
         if (HAS_Z) {
-            gate = to_float(z[i]);
+            gate = to_float((uint16)z[i]);
             gate *= reciprocal(1.f + exp2_fast(gate * -LOG2E));
         }
         shared.gates[t][c] = {parameters.y * value, gate};
@@ -47,9 +47,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
     int B_group, int B_row, int C_batch, int C_group, int C_row) {
     SHARED(shared);
     const Work work = work_of(channels, groups, splits);
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int own = warp % CHANNEL_WARPS * 32 + lane;  // the thread's channel of the block
-    const int part = warp / CHANNEL_WARPS, first_state = part * OWN_STATES;
+    const int thread = threadIdx.x, own = thread % CHANNELS;  // the thread's channel of the block
+    const int part = thread / CHANNELS, first_state = part * (N / PARTS);
     const bool real = FULL || own < work.left;
     const int dim = groups * channels, c = work.k * channels + work.first_channel;  // the block's first channel of all
     const int begin = work.split * tiles_per_split;
@@ -69,17 +68,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
     for (int e = thread; e < CHANNELS; e += THREADS)
         shared.parameters[e] = {HAS_BIAS && e < work.left ? bias[c + e] * LOG2E : 0.f, HAS_D && e < work.left ? D[c + e] : 0.f};
 #pragma unroll
-    for (int n = first_state; n < first_state + OWN_STATES; n++)
+    for (int n = first_state; n < first_state + (N / PARTS); n++)
         shared.h[n][own] = !SUMMARY && work.split > 0 && real ? states[n * channels] : 0.f;
-    uint16 raw_u[READS], raw_delta[READS], raw_z[READS], raw_B[MATRIX_READS], raw_C[MATRIX_READS];
-    auto read = [&](int step) {
-        const bool inside = step + thread % STAGE < length;
-        read_rows(raw_u, u + step, u_row, work.left, inside, thread);
-        read_rows(raw_delta, delta + step, delta_row, work.left, inside, thread);
-        read_rows(raw_B, B + step, B_row, N, inside, thread);
+    uint32 raw_u[READS], raw_delta[READS], raw_z[READS], raw_B[MATRIX_READS], raw_C[MATRIX_READS];
+    auto read = [&](int stage) {
+        const int step = share_step(stage, length, thread);
+        read_rows<FULL>(raw_u, u + step, u_row, work.left, thread);
+        read_rows<FULL>(raw_delta, delta + step, delta_row, work.left, thread);
+        read_matrix(raw_B, B + step, B_row, thread);
         if (SUMMARY) return;
-        if (HAS_Z) read_rows(raw_z, z + step, z_row, work.left, inside, thread);
-        read_rows(raw_C, C + step, C_row, N, inside, thread);
+        if (HAS_Z) read_rows<FULL>(raw_z, z + step, z_row, work.left, thread);
+        read_matrix(raw_C, C + step, C_row, thread);
     };
     read(begin * T);
     float total = 0.f;
@@ -106,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
                 if (SUMMARY) total += v.x;
             }
 #pragma unroll 1
-            for (int n = first_state; n < first_state + OWN_STATES; n++) {
+            for (int n = first_state; n < first_state + (N / PARTS); n++) {
                 const float decay = shared.A[n][own];
                 float h = shared.h[n][own];
                 if (!SUMMARY && real) states[n * channels] = h;
@@ -127,8 +126,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
 #if !SUMMARY
 #pragma unroll
             for (int t = 0; t < T; t++) {
-#if STATE_WARPS > 1
-                shared.y[part][from + t][own] = out[t];
+#if PARTS > 1
+                shared.y[part][(from + t) * CHANNELS + own] = out[t];
 #else
                 const float2 gate = shared.gates[from + t][own];
                 store(from + t, (out[t] + gate.x) * gate.y);
@@ -136,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
             }
 #endif
         }
-#if !SUMMARY && STATE_WARPS > 1
+#if !SUMMARY && PARTS > 1
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < READS; i++) {  // a thread's share of the stage again, now with lanes along the channels
@@ -144,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
             const float2 gate = shared.gates[t][own];
             float sum = gate.x;
 #pragma unroll
-            for (int w = 0; w < STATE_WARPS; w++) sum += shared.y[w][t][own];
+            for (int w = 0; w < PARTS; w++) sum += shared.y[w][t * CHANNELS + own];
             store(t, sum * gate.y);
         }
 #endif
@@ -154,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
     if (SUMMARY && part == 0) totals[(path * splits + work.split) * channels + work.first_channel + own] = total * LN2;
     if (SUMMARY || (LAST && end == tiles)) {
 #pragma unroll
-        for (int n = first_state; n < first_state + OWN_STATES; n++) {
+        for (int n = first_state; n < first_state + (N / PARTS); n++) {
             if (SUMMARY) states[n * channels] = shared.h[n][own];
             else last[((long long)work.batch * dim + c + own) * N + n] = shared.h[n][own];
         }

@@ -28,36 +28,33 @@ _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit intege
 class Plan:
     """How the work of a kernel is cut up."""
 
-    channel_warps: int
-    """Warps along the channels of a block, 32 each."""
-    state_warps: int
-    """Warps that share the states of a channel."""
+    channels: int
+    """Of a block."""
+    parts: int
+    """Threads that share the states of a channel."""
     stage: int
     """Steps that are read at once."""
     tiles_per_split: int
-    """A sequence is split only where it must be to fill the device: a split sequence is scanned twice."""
+    """Whole stages if `parts` > 1. A sequence is split only where it must be to fill the device: it is then scanned twice."""
 
     @property
     def warps(self) -> int:
-        return self.channel_warps * self.state_warps
+        return self.channels * self.parts // 32
+
+
+def plan_forward(batch: int, groups: int, channels: int, length: int, n: int, processors: int) -> Plan:
+    """A thread has all states of its channel if that fills half of the device, or one of 16 if that does; else there are splits."""
+    room, sequences, tiles = _RESIDENT * processors, groups * batch, -(-length // STEPS)
+    warps, fine_warps = -(-channels // 32) * sequences, -(-channels // 8) * sequences * 4
+    if n % 16 == 0 and 2 * warps < room <= 2 * fine_warps:
+        return Plan(8, 16, 32, tiles)
+    return Plan(_block(channels), 1, 16, _per_split(tiles, room // warps if 2 * warps < room else 1))
 
 
 def plan_backward(batch: int, groups: int, channels: int, length: int, n: int, processors: int) -> Plan:
     """A thread has all states of its channel; sequences are split if there are too few channels to fill the device."""
-    warps, stage = -(-channels // 32) * groups * batch, 32
-    splits = max(1, _RESIDENT * processors // warps)
-    return Plan(_channel_warps(channels), 1, stage, _per_split(-(-length // STEPS), splits, stage))
-
-
-def plan_forward(batch: int, groups: int, channels: int, length: int, n: int, processors: int) -> Plan:
-    """A warp has all states of its channels if that fills half of the device; else up to eight share them; splits do the rest."""
-    room, warps, tiles = _RESIDENT * processors, -(-channels // 32) * groups * batch, -(-length // STEPS)
-    choices = [s for s in (1, 2, 4, 8) if n % s == 0]
-    state_warps = next((s for s in choices if 2 * warps * s >= room), choices[-1])
-    stage = 16 if state_warps == 1 else 32
-    splits = room // (warps * state_warps)
-    per_split = _per_split(tiles, splits if splits >= 4 else 1, stage)
-    return Plan(_channel_warps(channels) if state_warps == 1 else 1, state_warps, stage, per_split)
+    splits = _RESIDENT * processors // (-(-channels // 32) * groups * batch)
+    return Plan(_block(channels), 1, 16, _per_split(-(-length // STEPS), max(splits, 1)))
 
 
 def suits(tensors: tuple[Tensor | None, ...], A: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
@@ -68,7 +65,7 @@ def suits(tensors: tuple[Tensor | None, ...], A: Tensor, parameters: tuple[Tenso
         and present[0].dtype in (torch.float16, torch.bfloat16)
         and all(t.dtype == present[0].dtype and t.stride(-1) == 1 for t in present)
         and all(t.dtype == torch.float32 for t in (A, *parameters) if t is not None)
-        and all(t.stride(0) < _LARGEST and 2 * t.shape[-2] * t.stride(-2) < _LARGEST for t in present)
+        and all(t.stride(0) < _LARGEST and 2 * max(t.shape[-2], 16) * t.stride(-2) < _LARGEST for t in present)
         and all(t.shape[1] == 1 or t.stride(1) < _LARGEST for t in present)
         and 2 * present[0].shape[1] * present[0].shape[2] < _LARGEST
         and cuda.enabled(A.device)
@@ -105,7 +102,7 @@ class Sequence:
         return tuple(self.u.new_empty((*shape, *rest, self.channels), dtype=torch.float32) for rest in ((self.n,), ()))
 
     def forward(self, y: Tensor, states: Tensor, last: Tensor) -> None:
-        """Write y (batch, length, dim), the states before every tile (launch.states_shape), and the last state unless it is empty."""
+        """Write y (batch, length, dim), the states before every tile (launch.states_shape), and the last state if it has room."""
         plan = plan_forward(*self._size())
         splits = self.splits(plan)
         if splits > 1:
@@ -123,8 +120,9 @@ class Sequence:
             du, ddelta, dz (batch, length, dim), dA, dB, dC, dD, dbias; that of an operand that is None is empty.
         """
         u = self.u
+        dy = dy if 2 * max(dy.stride()) < _LARGEST else dy.contiguous()
         plan = plan_backward(*self._size())
-        splits, blocks = self.splits(plan), -(-self.channels // (32 * plan.channel_warps))
+        splits, blocks = self.splits(plan), -(-self.channels // plan.channels)
         du, ddelta, dz = (u.new_empty((0,) if m is None else dy.shape) for m in (u, self.delta, self.z))
         parts = u.new_empty((blocks, 2, *self.B.shape), dtype=torch.float32)
         widths = [0 if p is None else p.numel() for p in (self.A, self.D, self.bias)]
@@ -138,7 +136,7 @@ class Sequence:
             carry_splits(ends, totals, self._decays(), carry, carry.stride(1), carry.stride(2), reverse=True)
         self._launch("sequence_backward", plan, [*tensors, carry, totals], sizes, SUMMARY=0)
         dB, dC = (parts[0] if blocks == 1 else parts.sum(0)).to(u.dtype)
-        dA, dD, dbias = sums.sum(0).split(widths)
+        dA, dD, dbias = (g if g.numel() else u.new_empty(0) for g in sums.sum(0).split(widths))
         return du, ddelta, dz, dA.view(self.A.shape), dB, dC, dD, dbias
 
     def _size(self) -> tuple[int, ...]:
@@ -151,11 +149,10 @@ class Sequence:
     def _launch(self, kernel: str, plan: Plan, tensors: list[Tensor], more: list[int], **flags: int) -> None:
         """Run a kernel, compiled for this case; an operand that is None is never read."""
         u = self.u
-        blocks, splits = -(-self.channels // (32 * plan.channel_warps)), self.splits(plan)
+        blocks, splits = -(-self.channels // plan.channels), self.splits(plan)
         macros = {
-            "N": self.n, "CHANNEL_WARPS": plan.channel_warps, "STATE_WARPS": plan.state_warps, "WARPS": plan.warps,
-            "STAGE": plan.stage, "BLOCKS": max(1, _RESIDENT // plan.warps), "BF16": int(u.dtype == torch.bfloat16),
-            "FULL": int(self.channels % (32 * plan.channel_warps) == 0), "HAS_D": int(self.D is not None),
+            **shape_macros(self.n, plan), "BF16": int(u.dtype == torch.bfloat16),
+            "FULL": int(self.channels % plan.channels == 0), "HAS_D": int(self.D is not None),
             "HAS_Z": int(self.z is not None), "HAS_BIAS": int(self.bias is not None), "SOFTPLUS": int(self.softplus),
             **flags,
         }  # fmt: skip
@@ -172,25 +169,32 @@ class Sequence:
             compiled(grid, (32 * plan.warps, 1, 1), [*pointers, *sizes, *strides, *more], shared_bytes)
 
 
+def shape_macros(n: int, plan: Plan) -> dict[str, int]:
+    """What a kernel of N states is compiled for by its plan."""
+    return {
+        "N": n, "CHANNELS": plan.channels, "PARTS": plan.parts, "WARPS": plan.warps, "STAGE": plan.stage,
+        "BLOCKS": max(1, _RESIDENT // plan.warps),
+    }  # fmt: skip
+
+
 def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
     """Size of csrc's `Shared`, which asserts it."""
-    n, stage, full = macros["N"], macros["STAGE"], 1 - macros["SUMMARY"]
-    channels = 32 * macros["CHANNEL_WARPS"]
-    matrices, parameters = 4 * n * stage, 4 * n * channels
+    n, stage, full, channels = macros["N"], macros["STAGE"], 1 - macros["SUMMARY"], macros["CHANNELS"]
+    matrices, parameters = 4 * n * (stage + 4), 4 * n * channels
     if kernel == "sequence_backward":
-        rows, sums = 2 * (stage + 8) * channels, 8 * STEPS * n * macros["CHANNEL_WARPS"]
-        return (2 + full) * (rows + parameters) + (1 + full) * matrices + full * sums
+        rows, sums = 2 * (stage + 8) * channels, 8 * STEPS * n * macros["WARPS"]
+        grad = 4 * (STEPS + 4) * channels
+        return (2 + full) * (rows + parameters) + (1 + full) * matrices + full * (grad + sums + 384)
     steps = 8 * stage * (channels + 1)
-    y = 4 * macros["STATE_WARPS"] * stage * channels if macros["STATE_WARPS"] > 1 else 0
+    y = 4 * macros["PARTS"] * (stage * channels + 8) if macros["PARTS"] > 1 else 0
     return 2 * (matrices + parameters) + (1 + full) * steps + full * y + 8 * channels + 16
 
 
-def _channel_warps(channels: int) -> int:
+def _block(channels: int) -> int:
     """As few idle lanes as can be, in blocks as large as can be: they share B and C."""
-    return min((4, 2, 1), key=lambda warps: -channels % (32 * warps))
+    return min((128, 64, 32), key=lambda block: -channels % block)
 
 
-def _per_split(tiles: int, splits: int, stage: int) -> int:
-    """Tiles of a split, a whole number of stages and four at least."""
-    whole = stage // STEPS
-    return max(-(-tiles // (splits * whole)) * whole, 4)
+def _per_split(tiles: int, splits: int) -> int:
+    """Tiles of a split, two at least."""
+    return max(-(-tiles // splits), 2)

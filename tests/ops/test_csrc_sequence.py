@@ -53,14 +53,14 @@ def kernels(monkeypatch):
 def plan(monkeypatch):
     """Cut up the work as a test wants it, whatever the device."""
 
-    def choose(state_warps=1, tiles_per_split=1000, stage=16, channel_warps=1):
+    def choose(channels=32, parts=1, stage=16, tiles_per_split=1000):
         from visionssm.ops.kernels import sequence
 
         def planned(*args):
-            return sequence.Plan(channel_warps, state_warps, stage, tiles_per_split)
+            return sequence.Plan(channels, parts, stage, tiles_per_split)
 
         def planned_backward(*args):
-            return sequence.Plan(channel_warps, 1, stage, tiles_per_split)
+            return sequence.Plan(max(channels, 32), 1, stage, tiles_per_split)
 
         monkeypatch.setattr(sequence, "plan_forward", planned)
         monkeypatch.setattr(sequence, "plan_backward", planned_backward)
@@ -96,23 +96,22 @@ def check(inputs, softplus=True):
     ids=str,
 )
 def test_sequence(kernels, plan, sizes, options, softplus):
-    plan(channel_warps=4 if sizes[1] >= 128 else 1)
+    plan(channels=128 if sizes[1] >= 128 else 32)
     batch, dim, length, state = sizes
     check(selective_scan_inputs(batch, dim, length, state, softplus=softplus, device=DEVICE, **options), softplus)
     assert kernels == [FORWARD, BACKWARD]
 
 
-@pytest.mark.parametrize("state_warps", [2, 8])
-@pytest.mark.parametrize("stage", [16, 32])
-def test_warps_that_share_the_states(kernels, plan, state_warps, stage):
-    plan(state_warps=state_warps, stage=stage)
+@pytest.mark.parametrize(("channels", "parts", "stage"), [(8, 16, 32), (32, 8, 32), (64, 2, 16)])
+def test_threads_that_share_the_states(kernels, plan, channels, parts, stage):
+    plan(channels, parts, stage)
     check(selective_scan_inputs(1, 40, 69, 16, device=DEVICE, dtype=BF16))
     assert kernels == [FORWARD, BACKWARD]
 
 
-@pytest.mark.parametrize(("state_warps", "tiles_per_split", "stage"), [(1, 1, 16), (4, 2, 32), (1, 4, 32)])
-def test_split_sequence(kernels, plan, state_warps, tiles_per_split, stage):
-    plan(state_warps, tiles_per_split, stage)
+@pytest.mark.parametrize(("parts", "stage", "tiles_per_split"), [(1, 16, 1), (4, 32, 2), (1, 32, 4)])
+def test_split_sequence(kernels, plan, parts, stage, tiles_per_split):
+    plan(32, parts, stage, tiles_per_split)
     check(selective_scan_inputs(2, 24, 101, 8, groups=2, device=DEVICE, dtype=F16))
     assert kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]
 
@@ -138,6 +137,22 @@ def test_strided_operands(kernels, plan):
     assert not any(inputs[name].is_contiguous() for name in ("u", "z", "B", "C"))
     assert torch.equal(selective_scan(**inputs, delta_softplus=True, backend="triton"), expected)
     assert kernels == [FORWARD, FORWARD]
+
+
+def test_bitwise_repeatable(kernels):
+    inputs = selective_scan_inputs(1, 40, 37, 4, device=DEVICE, dtype=F16)
+    first, second = (outputs_and_gradients(selective_scan, inputs, backend="triton", delta_softplus=True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert kernels.count(BACKWARD) >= 2
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(kernels, optional):
+    inputs = selective_scan_inputs(1, 4, 5, 4, 2, D=optional, z=optional, delta_bias=optional, device=DEVICE, dtype=BF16)
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    operands = (None if inputs[name] is None else inputs[name].requires_grad_() for name in names)
+    torch.library.opcheck(torch.ops.visionssm.selective_scan.default, (*operands, True, True))
+    assert FORWARD in kernels
 
 
 def test_channels_last_maps_are_left_to_triton(kernels):

@@ -105,6 +105,20 @@ def test_shared_memory_is_what_the_kernels_ask_for():
             assert case.resident * (case._shared_bytes(kernel == "scan_backward") + 1024) <= 227 * 1024, (kernel, rank)
 
 
+def test_shared_memory_of_a_sequence():
+    """The same for sequence.py, of which as many blocks share a multiprocessor as its registers have room for."""
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import sequence
+
+    for n in sequence.STATES:
+        for batch, channels in ((128, 384), (128, 40), (8, 384), (1, 384), (1, 1)):
+            size = (batch, 1, channels, 6085, n, 132)
+            for kernel, plan in (("sequence_forward", sequence.plan_forward), ("sequence_backward", sequence.plan_backward)):
+                macros = sequence.shape_macros(n, plan(*size)) | {"SUMMARY": 0}
+                shared = sequence._shared_bytes(kernel, macros) + 1024
+                assert shared * (macros["BLOCKS"] if n <= 16 else 1) <= 227 * 1024, (kernel, n, macros)
+
+
 def test_no_nvrtc_is_told_once(monkeypatch):
     pytest.importorskip("triton")
     from visionssm.ops.kernels import cuda
