@@ -10,7 +10,7 @@ struct alignas(16) Shared {
 #if !SUMMARY
     float2 gates[STAGE][CHANNELS + 1];  // D u, silu(z)
 #if PARTS > 1
-    float y[PARTS][STAGE * CHANNELS + 8];
+    float y[PARTS][(STAGE + 1) * CHANNELS];  // padded so that the parts of a warp do not share a bank
 #endif
 #endif
     float2 parameters[CHANNELS];  // bias, D

@@ -186,7 +186,7 @@ def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
         grad = 4 * (STEPS + 4) * channels
         return (2 + full) * (rows + parameters) + (1 + full) * matrices + full * (grad + sums + 384)
     steps = 8 * stage * (channels + 1)
-    y = 4 * macros["PARTS"] * (stage * channels + 8) if macros["PARTS"] > 1 else 0
+    y = 4 * macros["PARTS"] * (stage + 1) * channels if macros["PARTS"] > 1 else 0
     return 2 * (matrices + parameters) + (1 + full) * steps + full * y + 8 * channels + 16
 
 
