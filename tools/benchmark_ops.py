@@ -230,9 +230,15 @@ def mamba_case(batch: int, dim: int, length: int, state: int, dtype: torch.dtype
     """`selective_scan` with z, D, delta_bias and softplus, in mamba's layout."""
     inputs = selective_scan_inputs(batch, dim, length, state, 1, step_range=(1e-3, 1e-1), dtype=dtype, device="cuda")
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
-    providers: dict[str, Callable[[], torch.Tensor]] = {
-        "triton": lambda: selective_scan(**leaves, delta_softplus=True, backend="triton")
-    }
+
+    def run(csrc: int) -> Callable[[], torch.Tensor]:
+        def scan() -> torch.Tensor:
+            os.environ["VISIONSSM_CSRC"] = str(csrc)  # read at every call, and still so when its backward runs
+            return selective_scan(**leaves, delta_softplus=True, backend="triton")
+
+        return scan
+
+    providers = {"csrc": run(1), "triton": run(0)}
     if mamba_scan is not None:
         providers["mamba_ssm"] = lambda: mamba_scan(**leaves, delta_softplus=True)
     if length <= 256:
@@ -284,7 +290,8 @@ def memory_of(call: Callable[[], object], forward: Callable[[], torch.Tensor]) -
 
 def cuda_rows(which: list[str]) -> Iterator[Row]:
     """Rows of a GPU run: forward, and forward with every gradient; GPU time from CUDA graphs, eager wall time beside it."""
-    tests = [str(Path(__file__).parents[1] / "tests" / "ops" / f"test_{name}_kernels.py") for name in ("csrc", "triton")]
+    names = ("csrc_kernels", "csrc_sequence", "triton_kernels")
+    tests = [str(Path(__file__).parents[1] / "tests" / "ops" / f"test_{name}.py") for name in names]
     # Side by side where pytest-xdist is; pytest-benchmark, which would warn of that, stays out.
     parallel = ["-n", "12", "-p", "no:benchmark"] if importlib.util.find_spec("xdist") else []
     if subprocess.run([sys.executable, "-m", "pytest", "-q", *parallel, *tests], check=False).returncode:

@@ -66,6 +66,12 @@ DEVICE void store_if(uint32 condition, float *to, float v) {  // without a branc
 DEVICE void store_if(uint32 condition, uint16 *to, uint16 v) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u16 [%0], %1; }" ::"l"(to), "h"(v), "r"(condition) : "memory");
 }
+// The same address, of which the compiler knows nothing: what it worked out for another access does not then wait in registers.
+template <class V>
+DEVICE V *afresh(V *p) {
+    asm volatile("" : "+l"(p));
+    return p;
+}
 DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE float exchange(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
 DEVICE uint32 ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
@@ -73,12 +79,14 @@ DEVICE uint32 ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 
 constexpr int T = 16;                              // steps of a tile; kernels/launch.py's STEPS
 constexpr int THREADS = 32 * WARPS;
+#ifdef RANK
 constexpr int RANK8 = (RANK + 7) / 8 * 8;          // ranks, padded to what a product takes
 constexpr int DT_ROW = RANK8 + 4;                  // row of dt in shared memory: no two rows of a fragment share a bank
 constexpr int CHUNKS = THREADS / 8;                // eight channels each
 constexpr int STEP_ROW = RANK8 <= 40 ? 40 : RANK8 <= 56 ? 56 : 72;  // row of full steps, and of a gradient of dt, likewise
 constexpr int FIELDS = RANK + 2;                   // a position's dt | B | C
 constexpr int READS = (T * FIELDS + THREADS - 1) / THREADS;
+#endif
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -86,6 +94,7 @@ DEVICE uint16 to_map(float v) { return BF16 ? float_to_bfloat(v) : float_to_half
 DEVICE float to_float(uint16 v) { return BF16 ? from_bits((uint32)v << 16) : half_to_float(v); }
 DEVICE float tf32_part(float v) { return from_bits(bits_of(v) & 0xffffe000u); }
 
+#ifdef RANK  // what follows is for scans over maps
 struct Rows {  // dt | B | C of a tile
     float dt[T * DT_ROW];
     float4 BC[T / 2];  // of steps 2 i and 2 i + 1; B times ln(2)
@@ -232,6 +241,8 @@ DEVICE void full_steps(float *steps, const Rows &rows, const Weight &weight, int
     }
 }
 
+#endif
+
 // log2(e) softplus(v / log2(e)) of v, and u = exp2(-|v|): a polynomial for log2(1 + u) / u on [0, 1], relative error 2e-7.
 DEVICE float softplus(float v, float &u) {
     u = exp2_fast(-fabsf(v));
@@ -246,6 +257,40 @@ DEVICE float softplus(float v, float &u) {
     return p * u + fmaxf(v, 0.f);
 }
 
+// Sums over the 32 channels of a warp, of b[t] and c[t] for the T steps, by tensor cores: a product with a column of ones for each step
+// adds up four lanes, and three exchanges add up the eight groups of lanes. Ends in out[0..T-1] (b) and out[T..2T-1] (c).
+struct ChannelSums {
+    float d[2][4];  // for each half of the tile: b of steps 2 q and 2 q + 1, then c
+
+    DEVICE void clear() {
+#pragma unroll
+        for (int i = 0; i < 8; i++) d[i / 4][i % 4] = 0.f;
+    }
+    DEVICE void add(int t, float b, float c, float b_before, float c_before, int lane) {  // steps t and t - 1
+        const int g = lane / 4;
+        add(t, b, c, b_before, c_before, g == t % 8 ? 1.f : 0.f, g == (t - 1) % 8 ? 1.f : 0.f);
+    }
+    DEVICE void add(int t, float b, float c, float b_before, float c_before, float column, float column_before) {
+        multiply_add(d[t / 8], b, c, b_before, c_before, column, column_before);
+    }
+    DEVICE void write(float *out, int lane) {
+        const int g = lane / 4, q = lane % 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float *v = d[half];
+            const bool upper = g & 4, odd = g & 2;
+            float first = upper ? v[2] : v[0], second = upper ? v[3] : v[1];
+            first += exchange(upper ? v[0] : v[2], 16);
+            second += exchange(upper ? v[1] : v[3], 16);
+            float sum = odd ? second : first;
+            sum += exchange(odd ? first : second, 8);
+            sum += exchange(sum, 4);
+            if (!(g & 1)) out[(upper ? T : 0) + 8 * half + 2 * q + (odd ? 1 : 0)] = sum;
+        }
+    }
+};
+
+#ifdef RANK
 struct alignas(16) Shared {
     uint16 x[2][T * THREADS];
 #if BACKWARD
@@ -279,3 +324,4 @@ DEVICE void store_tile(uint16 *map, uint16 *scale, float (&v)[T], const Places &
         store_if(stored & (1u << t), to, SCALED ? float_to_half(v[t] * times) : to_map(v[t]));
     }
 }
+#endif

@@ -147,8 +147,9 @@ class _Case:
 
 
 def source(kernel: str) -> str:
-    """The text of a kernel, `scan_forward` or `scan_backward`."""
-    names = ("device.cuh", f"{kernel.removeprefix('scan_')}.cu")
+    """The text of a kernel: `scan_forward`, `scan_backward`, or `sequence_...` of either."""
+    shared = ("device.cuh", "sequence.cuh") if kernel.startswith("sequence_") else ("device.cuh",)
+    names = (*shared, f"{kernel.removeprefix('scan_')}.cu")
     return "".join((_SOURCES / name).read_text() for name in names)
 
 

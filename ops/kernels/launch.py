@@ -11,12 +11,12 @@ import triton
 from torch import Tensor
 
 from ..paths import parse_path, path_length  # noqa: TID252
-from . import cuda
+from . import cuda, sequence
 from .backward import scan_backward_kernel
 from .common import STEPS
 from .forward import scan_forward_kernel
 from .projection import projection_gradients_kernel, step_gradient_kernel, weight_gradient_kernel
-from .reduce import carry_kernel, sum_parts_kernel, transpose_kernel
+from .reduce import carry_splits, sum_parts_kernel, transpose_kernel
 
 MAX_STATES = 64
 """State variables N that the kernels are tested for."""
@@ -102,6 +102,13 @@ def sequence_forward(
     return_last_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See library.py; y is a view of a channels-last map, which is how the kernel works and what an output projection wants."""
+    if sequence.suits((u, delta, B, C, z), A, (D, delta_bias)):
+        scan = sequence.Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        y = u.new_empty((scan.batch, scan.length, u.shape[1]))
+        states = u.new_empty(states_shape(scan.batch, scan.groups, scan.length, scan.channels, scan.n), dtype=torch.float32)
+        last_state = u.new_empty((scan.batch, *A.shape) if return_last_state else (0,), dtype=torch.float32)
+        scan.forward(y, states, last_state)
+        return y.mT, last_state, states
     u, delta, z = _channels_last(u, delta, z)
     scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     y = torch.empty_like(u)
@@ -123,6 +130,10 @@ def sequence_backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """See library.py."""
+    if sequence.suits((u, delta, B, C, z), A, (D, delta_bias)):
+        scan = sequence.Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        du, ddelta, dz, dA, dB, dC, dD, dbias = scan.backward(*_channels_last(dy), states)
+        return du.mT, ddelta.mT, dA, dB, dC, dD, dz if z is None else dz.mT, dbias
     dy, u, delta, z = _channels_last(dy, u, delta, z)
     scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
@@ -281,7 +292,9 @@ class _Scan:
                 scan_forward_kernel[(programs,)](
                     **arguments, states_ptr=ends, last_ptr=ends, total_ptr=totals, SUMMARY=True, LAST=False
                 )
-                self._carry(ends, totals, states, states.stride(1), arguments["tiles_per_split"] * states.stride(2), REVERSE=False)
+                carry_splits(
+                    ends, totals, self.A, states, states.stride(1), arguments["tiles_per_split"] * states.stride(2), reverse=False
+                )
             scan_forward_kernel[(programs,)](
                 **arguments, states_ptr=states, last_ptr=last_state, total_ptr=states, SUMMARY=False, LAST=return_last_state
             )
@@ -312,7 +325,7 @@ class _Scan:
             if splits > 1:
                 ends, _ = self._ends_and_totals(splits)
                 scan_backward_kernel[(programs,)](**arguments, carry_ptr=ends, total_ptr=totals, SUMMARY=True)
-                self._carry(ends, totals, carry, carry.stride(1), carry.stride(2), REVERSE=True)
+                carry_splits(ends, totals, self.A, carry, carry.stride(1), carry.stride(2), reverse=True)
             # With several state variables the loop over them fits 168 registers, and 12 warps run on a multiprocessor instead of 8.
             registers = {"maxnreg": 168} if n > 1 else {}
             scan_backward_kernel[(programs,)](**arguments, carry_ptr=carry, total_ptr=totals, SUMMARY=False, **registers)
@@ -356,16 +369,6 @@ class _Scan:
         """Room for the end of every split, (batch, K, splits, N, C), and for its sum of delta."""
         shape = (self.x.shape[0], self.k, splits)
         return tuple(self.x.new_empty((*shape, *rest, self.channels), dtype=torch.float32) for rest in ((self.n,), ()))
-
-    def _carry(self, ends: Tensor, totals: Tensor, carry: Tensor, stride_path: int, stride_split: int, REVERSE: bool) -> None:
-        """From a first pass that scanned every split from zero: what enters each of them."""
-        count, splits = self.x.shape[0] * self.A.numel(), ends.shape[2]
-        padded = triton.next_power_of_2(splits)
-        block = max(1, 2048 // padded)
-        carry_kernel[(triton.cdiv(count, block),)](
-            ends, totals, self.A, carry, count, self.k, splits, self.channels, stride_path, stride_split,
-            REVERSE=REVERSE, N=self.n, SPLITS=padded, BLOCK=block, num_warps=4,
-        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)

@@ -53,6 +53,27 @@ def carry_kernel(
     tl.store(into, state, mask=mask[None, :] & (j + 1 < splits))
 
 
+def carry_splits(
+    ends: torch.Tensor,
+    totals: torch.Tensor,
+    A: torch.Tensor,
+    carry: torch.Tensor,
+    stride_path: int,
+    stride_split: int,
+    reverse: bool,
+) -> None:
+    """Run `carry_kernel` on ends (batch, K, splits, N, C) and totals (batch, K, splits, C) of a first pass, and A (K, N, C)."""
+    batch, k, splits, n, channels = ends.shape
+    count = batch * A.numel()
+    padded = triton.next_power_of_2(splits)
+    block = max(1, 2048 // padded)
+    with torch.cuda.device(ends.device if ends.is_cuda else -1):
+        carry_kernel[(triton.cdiv(count, block),)](
+            ends, totals, A, carry, count, k, splits, channels, stride_path, stride_split,
+            REVERSE=reverse, N=n, SPLITS=padded, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+
+
 @triton.jit
 def transpose_kernel(
     a_ptr, b_ptr, c_ptr, d_ptr, out_ptr, rows, columns, a_b, a_r, a_c, b_b, b_r, b_c, c_b, c_r, c_c, d_b, d_r, d_c, out_m, batch,

@@ -102,6 +102,8 @@ template <class V>
 static void store_if(uint32_t condition, V *to, V v) {
     if (condition) *to = v;
 }
+template <class V>
+static V *afresh(V *p) { return p; }
 static void wait_copies() {}
 static float exchange(float v, int mask) {
     emulator::mine()[0] = v;

@@ -15,11 +15,11 @@ from visionssm.ops import backends, cross_selective_scan
 from visionssm.ops.testing import cross_selective_scan_inputs
 
 
-@pytest.mark.parametrize("kernels", ["test_triton_kernels.py", "test_csrc_kernels.py"])
+@pytest.mark.parametrize("kernels", ["test_triton_kernels.py", "test_csrc_kernels.py", "test_csrc_sequence.py"])
 def test_kernels_under_the_interpreter(kernels):
     """The interpreter is chosen when Triton is first imported, hence the new process. CUDA C++ is emulated beside it."""
     pytest.importorskip("triton")
-    if kernels == "test_csrc_kernels.py" and shutil.which("g++") is None:
+    if kernels.startswith("test_csrc") and shutil.which("g++") is None:
         pytest.skip("needs g++")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(kernels))]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
@@ -103,6 +103,20 @@ def test_shared_memory_is_what_the_kernels_ask_for():
             scan = SimpleNamespace(rank=rank, channels=768, k=4, x=torch.empty(2, 1, 9, 768))
             case = cuda._Case(kernel, scan, scaled=True)
             assert case.resident * (case._shared_bytes(kernel == "scan_backward") + 1024) <= 227 * 1024, (kernel, rank)
+
+
+def test_shared_memory_of_a_sequence():
+    """The same for sequence.py, of which as many blocks share a multiprocessor as its registers have room for."""
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import sequence
+
+    for n in sequence.STATES:
+        for batch, channels in ((128, 384), (128, 40), (8, 384), (1, 384), (1, 1)):
+            size = (batch, 1, channels, 6085, n, 132)
+            for kernel, plan in (("sequence_forward", sequence.plan_forward), ("sequence_backward", sequence.plan_backward)):
+                macros = sequence.shape_macros(n, plan(*size)) | {"SUMMARY": 0}
+                shared = sequence._shared_bytes(kernel, macros) + 1024
+                assert shared * (macros["BLOCKS"] if n <= 16 else 1) <= 227 * 1024, (kernel, n, macros)
 
 
 def test_no_nvrtc_is_told_once(monkeypatch):

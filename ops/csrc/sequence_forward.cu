@@ -1,0 +1,161 @@
+// The forward scan over mamba's layout.
+//
+// The threads that read a stage also work out what each of its elements needs once (delta, delta u, D u, silu(z)), the warps then run
+// the states. Where several warps share the states of a channel, their parts of y meet in shared memory.
+
+struct alignas(16) Shared {
+    float B[N][MATRIX_ROW], C[N][MATRIX_ROW];
+    float A[N][CHANNELS], h[N][CHANNELS];
+    float2 steps[STAGE][CHANNELS + 1];  // delta, delta u
+#if !SUMMARY
+    float2 gates[STAGE][CHANNELS + 1];  // D u, silu(z)
+#if PARTS > 1
+    float y[PARTS][(STAGE + 1) * CHANNELS];  // padded so that the parts of a warp do not share a bank
+#endif
+#endif
+    float2 parameters[CHANNELS];  // bias, D
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
+
+DEVICE void write_steps(
+    Shared &shared, const uint32 (&u)[READS], const uint32 (&delta)[READS], const uint32 (&z)[READS], bool inside, int thread) {
+    const int t = thread % STAGE;
+#pragma unroll
+    for (int i = 0; i < READS; i++) {
+        const int c = thread / STAGE + i * ROWS;
+        const float2 parameters = shared.parameters[c];
+        const float value = to_float((uint16)u[i]);
+        float v = to_float((uint16)delta[i]) * LOG2E + parameters.x, unused;
+        if (SOFTPLUS) v = softplus(v, unused);
+        v = inside ? v : 0.f;  // a step after the last changes no state
+        shared.steps[t][c] = {v, v * value};
+#if !SUMMARY
+        float gate = 1.f;
+        if (HAS_Z) {
+            gate = to_float((uint16)z[i]);
+            gate *= reciprocal(1.f + exp2_fast(gate * -LOG2E));
+        }
+        shared.gates[t][c] = {parameters.y * value, gate};
+#endif
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
+    const uint16 *u, const uint16 *delta, const uint16 *z, const uint16 *B, const uint16 *C, const float *A, const float *D,
+    const float *bias, uint16 *y, float *states, float *last, float *totals, int length, int channels, int groups, int tiles,
+    int tiles_per_split, int splits, int u_batch, int u_row, int delta_batch, int delta_row, int z_batch, int z_row, int B_batch,
+    int B_group, int B_row, int C_batch, int C_group, int C_row) {
+    SHARED(shared);
+    const Work work = work_of(channels, groups, splits);
+    const int thread = threadIdx.x, own = thread % CHANNELS;  // the thread's channel of the block
+    const int part = thread / CHANNELS, first_state = part * (N / PARTS);
+    const bool real = FULL || own < work.left;
+    const int dim = groups * channels, c = work.k * channels + work.first_channel;  // the block's first channel of all
+    const int begin = work.split * tiles_per_split;
+    const int end = begin + tiles_per_split < tiles ? begin + tiles_per_split : tiles;
+
+    u = share(u + (long long)work.batch * u_batch + (long long)c * u_row, u_row, thread);
+    delta = share(delta + (long long)work.batch * delta_batch + (long long)c * delta_row, delta_row, thread);
+    if (HAS_Z) z = share(z + (long long)work.batch * z_batch + (long long)c * z_row, z_row, thread);
+    B = share(B + (long long)work.batch * B_batch + (long long)work.k * B_group, B_row, thread);
+    C = share(C + (long long)work.batch * C_batch + (long long)work.k * C_group, C_row, thread);
+    y += ((long long)work.batch * length + begin * T) * dim + c + own;
+    const int slot = SUMMARY ? work.split : begin;
+    const long long path = (long long)work.batch * groups + work.k;
+    states += (path * (SUMMARY ? splits : tiles) + slot) * N * channels + work.first_channel + own;
+
+    load_decay(shared.A, A + (long long)c * N, work.left, thread);
+    for (int e = thread; e < CHANNELS; e += THREADS)
+        shared.parameters[e] = {HAS_BIAS && e < work.left ? bias[c + e] * LOG2E : 0.f, HAS_D && e < work.left ? D[c + e] : 0.f};
+#pragma unroll
+    for (int n = first_state; n < first_state + (N / PARTS); n++)
+        shared.h[n][own] = !SUMMARY && work.split > 0 && real ? states[n * channels] : 0.f;
+    uint32 raw_u[READS], raw_delta[READS], raw_z[READS], raw_B[MATRIX_READS], raw_C[MATRIX_READS];
+    auto read = [&](int stage) {
+        const int step = share_step(stage, length, thread);
+        read_rows<FULL>(raw_u, u + step, u_row, work.left, thread);
+        read_rows<FULL>(raw_delta, delta + step, delta_row, work.left, thread);
+        read_matrix(raw_B, B + step, B_row, thread);
+        if (SUMMARY) return;
+        if (HAS_Z) read_rows<FULL>(raw_z, z + step, z_row, work.left, thread);
+        read_matrix(raw_C, C + step, C_row, thread);
+    };
+    read(begin * T);
+    float total = 0.f;
+    for (int stage = begin; stage < end; stage += STAGE / T) {
+        __syncthreads();  // the last stage is read, the parameters are written
+        write_steps(shared, raw_u, raw_delta, raw_z, stage * T + thread % STAGE < length, thread);
+        write_matrix(shared.B, raw_B, LN2, thread);
+        if (!SUMMARY) write_matrix(shared.C, raw_C, 1.f, thread);
+        __syncthreads();
+        if (stage + STAGE / T < end) read((stage + STAGE / T) * T);
+
+        const int steps = real ? length - stage * T : 0;
+        auto store = [&](int t, float v) {
+            if (t < steps) *(uint16 *)((char *)y + (long long)t * (2 * dim)) = to_map(v);
+        };
+        for (int from = 0; from < STAGE && stage + from / T < end; from += T) {
+            float step[T], input[T], out[T];
+#pragma unroll
+            for (int t = 0; t < T; t++) {
+                const float2 v = shared.steps[from + t][own];
+                step[t] = v.x;
+                input[t] = v.y;
+                out[t] = 0.f;
+                if (SUMMARY) total += v.x;
+            }
+#pragma unroll 1
+            for (int n = first_state; n < first_state + (N / PARTS); n++) {
+                const float decay = shared.A[n][own];
+                float h = shared.h[n][own];
+                if (!SUMMARY && real) states[n * channels] = h;
+#pragma unroll
+                for (int t = 0; t < T; t += 4) {
+                    float b[4], c[4];
+                    load_four(b, &shared.B[n][from + t]);
+                    if (!SUMMARY) load_four(c, &shared.C[n][from + t]);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        h = exp2_fast(step[t + i] * decay) * h + input[t + i] * b[i];
+                        if (!SUMMARY) out[t + i] += h * c[i];
+                    }
+                }
+                shared.h[n][own] = h;
+            }
+            if (!SUMMARY) states += (long long)N * channels;
+#if !SUMMARY
+#pragma unroll
+            for (int t = 0; t < T; t++) {
+#if PARTS > 1
+                shared.y[part][(from + t) * CHANNELS + own] = out[t];
+#else
+                const float2 gate = shared.gates[from + t][own];
+                store(from + t, (out[t] + gate.x) * gate.y);
+#endif
+            }
+#endif
+        }
+#if !SUMMARY && PARTS > 1
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < READS; i++) {  // a thread's share of the stage again, now with lanes along the channels
+            const int t = part * READS + i;
+            const float2 gate = shared.gates[t][own];
+            float sum = gate.x;
+#pragma unroll
+            for (int w = 0; w < PARTS; w++) sum += shared.y[w][t * CHANNELS + own];
+            store(t, sum * gate.y);
+        }
+#endif
+        y += (long long)STAGE * dim;
+    }
+    if (!real) return;
+    if (SUMMARY && part == 0) totals[(path * splits + work.split) * channels + work.first_channel + own] = total * LN2;
+    if (SUMMARY || (LAST && end == tiles)) {
+#pragma unroll
+        for (int n = first_state; n < first_state + (N / PARTS); n++) {
+            if (SUMMARY) states[n * channels] = shared.h[n][own];
+            else last[((long long)work.batch * dim + c + own) * N + n] = shared.h[n][own];
+        }
+    }
+}

@@ -1,0 +1,162 @@
+"""`selective_scan`'s CUDA C++ kernels against the reference in float64: on a GPU, or emulated on a CPU (with TRITON_INTERPRET=1).
+
+test_triton.py runs this file in an interpreting process of its own, as it does test_csrc_kernels.py.
+"""
+
+import os
+
+import pytest
+import torch
+
+from visionssm.ops import selective_scan, selective_scan_ref
+from visionssm.ops.testing import assert_within_budget, outputs_and_gradients, selective_scan_inputs, to_float64
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = (
+    [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+F16, BF16 = torch.float16, torch.bfloat16
+FORWARD, BACKWARD = "sequence_forward", "sequence_backward"
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Count the launches; every tensor the launcher allocates starts as NaN."""
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import cuda
+
+    launched = []
+    compile_kernel = cuda.compile_kernel
+    if INTERPRETED:
+        import emulator
+
+        if emulator.COMPILER is None:
+            pytest.skip("needs g++")
+        compile_kernel = emulator.compile_kernel
+        monkeypatch.setattr(cuda, "enabled", lambda device: True)
+
+    def counted(kernel, *case):
+        launched.append(kernel)
+        return compile_kernel(kernel, *case)
+
+    def poisoned(*args, **kwargs):
+        return new_empty(*args, **kwargs).fill_(float("nan"))
+
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(cuda, "compile_kernel", counted)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    return launched
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Cut up the work as a test wants it, whatever the device."""
+
+    def choose(channels=32, parts=1, stage=16, tiles_per_split=1000):
+        from visionssm.ops.kernels import sequence
+
+        def planned(*args):
+            return sequence.Plan(channels, parts, stage, tiles_per_split)
+
+        def planned_backward(*args):
+            return sequence.Plan(-(-channels // 32) * 32, 1, stage, tiles_per_split)
+
+        monkeypatch.setattr(sequence, "plan_forward", planned)
+        monkeypatch.setattr(sequence, "plan_backward", planned_backward)
+
+    return choose
+
+
+def check(inputs, softplus=True):
+    def op(**tensors):
+        return selective_scan(**tensors, delta_softplus=softplus, backend="triton")
+
+    def reference(**tensors):
+        return selective_scan_ref(**tensors, delta_softplus=softplus)
+
+    low, high = outputs_and_gradients(reference, inputs), outputs_and_gradients(reference, to_float64(inputs))
+    actual = outputs_and_gradients(op, inputs)
+    assert actual.keys() == high.keys()
+    for name in high:
+        assert_within_budget(actual[name], low[name], high[name], name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "softplus"),
+    [
+        ((1, 24, 19, 16), {"dtype": BF16}, True),
+        ((2, 32, 1, 8), {"dtype": F16, "groups": 1}, True),
+        ((1, 160, 37, 4), {"dtype": BF16, "groups": 2, "z": False}, True),
+        ((1, 40, 18, 16), {"dtype": F16, "D": False, "delta_bias": False, "step_range": (1e-3, 0.1)}, True),
+        ((1, 8, 50, 16), {"dtype": BF16, "groups": 4, "D": False}, False),
+        ((1, 3, 197, 16), {"dtype": F16, "delta_bias": False}, False),
+        ((1, 128, 33, 16), {"dtype": BF16, "step_range": (1e-3, 0.1)}, True),
+    ],
+    ids=str,
+)
+def test_sequence(kernels, plan, sizes, options, softplus):
+    plan(channels=128 if sizes[1] >= 128 else 32)
+    batch, dim, length, state = sizes
+    check(selective_scan_inputs(batch, dim, length, state, softplus=softplus, device=DEVICE, **options), softplus)
+    assert kernels == [FORWARD, BACKWARD]
+
+
+@pytest.mark.parametrize(("channels", "parts", "stage"), [(8, 16, 32), (24, 16, 32), (32, 8, 32), (64, 2, 16)])
+def test_threads_that_share_the_states(kernels, plan, channels, parts, stage):
+    plan(channels, parts, stage)
+    check(selective_scan_inputs(1, 40, 69, 16, device=DEVICE, dtype=BF16))
+    assert kernels == [FORWARD, BACKWARD]
+
+
+@pytest.mark.parametrize(("parts", "stage", "tiles_per_split"), [(1, 16, 1), (4, 32, 2), (1, 32, 4)])
+def test_split_sequence(kernels, plan, parts, stage, tiles_per_split):
+    plan(32, parts, stage, tiles_per_split)
+    check(selective_scan_inputs(2, 24, 101, 8, groups=2, device=DEVICE, dtype=F16))
+    assert kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]
+
+
+@pytest.mark.parametrize("tiles_per_split", [1000, 1])
+@pytest.mark.parametrize("length", [21, 32])
+def test_last_state(kernels, plan, tiles_per_split, length):
+    plan(tiles_per_split=tiles_per_split)
+    inputs = selective_scan_inputs(2, 8, length, 4, groups=2, device=DEVICE, dtype=F16)
+    _, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend="triton")
+    _, expected = selective_scan_ref(**to_float64(inputs), delta_softplus=True, return_last_state=True)
+    torch.testing.assert_close(state.double(), expected, rtol=1e-5, atol=1e-6)
+    assert kernels[0] == FORWARD
+
+
+def test_strided_operands(kernels, plan):
+    """u and z are halves of one map, B and C slices of one projection: read where they lie."""
+    plan()
+    inputs = selective_scan_inputs(2, 24, 21, 4, groups=1, device=DEVICE, dtype=BF16)
+    expected = selective_scan(**inputs, delta_softplus=True, backend="triton")
+    inputs["u"], inputs["z"] = torch.cat([inputs["u"], inputs["z"]], dim=1).chunk(2, dim=1)
+    inputs["B"], inputs["C"] = torch.cat([inputs["B"], inputs["C"]], dim=2).chunk(2, dim=2)
+    assert not any(inputs[name].is_contiguous() for name in ("u", "z", "B", "C"))
+    assert torch.equal(selective_scan(**inputs, delta_softplus=True, backend="triton"), expected)
+    assert kernels == [FORWARD, FORWARD]
+
+
+def test_bitwise_repeatable(kernels):
+    inputs = selective_scan_inputs(1, 40, 37, 4, device=DEVICE, dtype=F16)
+    first, second = (outputs_and_gradients(selective_scan, inputs, backend="triton", delta_softplus=True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert kernels.count(BACKWARD) >= 2
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(kernels, optional):
+    inputs = selective_scan_inputs(1, 4, 5, 4, 2, D=optional, z=optional, delta_bias=optional, device=DEVICE, dtype=BF16)
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    operands = (None if inputs[name] is None else inputs[name].requires_grad_() for name in names)
+    torch.library.opcheck(torch.ops.visionssm.selective_scan.default, (*operands, True, True))
+    assert FORWARD in kernels
+
+
+def test_channels_last_maps_are_left_to_triton(kernels):
+    inputs = selective_scan_inputs(1, 4, 5, 4, device=DEVICE, dtype=F16)
+    inputs["u"] = inputs["u"].mT.contiguous().mT
+    selective_scan(**inputs, delta_softplus=True, backend="triton")
+    assert kernels == []
