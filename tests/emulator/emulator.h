@@ -118,6 +118,59 @@ static uint32_t ballot(bool v) {
     __syncwarp();
     return mask;
 }
+static void copy_word(void *to, const void *from, bool real) {
+    if (((uintptr_t)to | (uintptr_t)from) % 4) std::abort();
+    real ? (void)std::memcpy(to, from, 4) : (void)std::memset(to, 0, 4);
+}
+static uint32_t pair_of(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
+static uint32_t halves(float low, float high) { return pair_of(float_to_half(low), float_to_half(high)); }
+static uint32_t bfloats(float low, float high) { return pair_of(float_to_bfloat(low), float_to_bfloat(high)); }
+static uint32_t warp_max(uint32_t v) {
+    emulator::mine()[0] = from_bits(v);
+    __syncwarp();
+    uint32_t most = 0;
+    for (int i = 0; i < 32; i++) most = bits_of(emulator::lane(i)[0]) > most ? bits_of(emulator::lane(i)[0]) : most;
+    __syncwarp();
+    return most;
+}
+template <int N>
+static void matrices(uint32_t (&m)[N], const uint16_t *row, bool transposed) {
+    static const uint16_t *rows[32][32];
+    const uint16_t **own = rows[threadIdx.x / 32];
+    if ((uintptr_t)row % 16) std::abort();
+    own[threadIdx.x % 32] = row;
+    __syncwarp();
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    for (int i = 0; i < N; i++) {
+        const uint16_t **r = own + 8 * i;
+        m[i] = transposed ? pair_of(r[2 * q][g], r[2 * q + 1][g]) : pair_of(r[g][2 * q], r[g][2 * q + 1]);
+    }
+    __syncwarp();
+}
+template <int N>
+static void load_matrices(uint32_t (&m)[N], const uint16_t *row) { matrices(m, row, false); }
+template <int N>
+static void load_transposed(uint32_t (&m)[N], const uint16_t *row) { matrices(m, row, true); }
+static float element(float pairs, int i) {
+    const uint16_t v = (uint16_t)(bits_of(pairs) >> 16 * i);
+    return BF16 ? from_bits((uint32_t)v << 16) : half_to_float(v);
+}
+static void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
+    for (int i = 0; i < 6; i++) emulator::mine()[i] = from_bits(own[i]);
+    __syncwarp();
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++) {
+        double sum = d[i];
+        for (int k = 0; k < 16; k++) {
+            const float a = element(emulator::lane(4 * g + k % 8 / 2)[i / 2 + 2 * (k / 8)], k % 2);
+            const float b = element(emulator::lane(4 * (2 * q + i % 2) + k % 8 / 2)[4 + k / 8], k % 2);
+            sum += (double)a * b;
+        }
+        d[i] = (float)sum;
+    }
+    __syncwarp();
+}
 static float as_tf32(float v) { return from_bits(bits_of(v) & 0xffffe000u); }  // what the tensor cores read of a float32
 static void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
     const float own[6] = {a0, a1, a2, a3, b0, b1};
