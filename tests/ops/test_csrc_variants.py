@@ -1,8 +1,7 @@
 """The variants of the CUDA C++ kernels, as test_csrc_kernels.py has it for the one in use."""
 
 import pytest
-import torch
-from test_csrc_kernels import BF16, DEVICE, F16, check, kernels, pytestmark  # noqa: F401
+from test_csrc_kernels import BF16, F16, check, kernels, pytestmark  # noqa: F401
 
 from visionssm.ops import CROSS
 
@@ -14,6 +13,11 @@ FORWARD = {
     "two ahead": {"channels": 128, "each": 2, "ahead": True},
     "three ahead": {"channels": 96, "each": 3, "ahead": True},
 }
+BACKWARD = {
+    "three warps": {"channels": 96},
+    "two warps, short": {"channels": 64, "degree": 5, "short": True},
+    "a warp": {"channels": 32},
+}
 CASES = [
     ((5, 7), CROSS, {"dtype": BF16, "rank": 6, "channels": 96, "batch": 3}),
     ((3, 5), CROSS, {"dtype": BF16, "rank": 3}),
@@ -24,17 +28,28 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", FORWARD)
-def test_forward(kernels, monkeypatch, name, case):  # noqa: F811
+def serve(monkeypatch, kernel, options):
+    """Let a variant of csrc/v2 serve a kernel."""
     from visionssm.ops.kernels import cuda
 
     default = cuda.variant
+    monkeypatch.setattr(cuda, "variant", lambda k, scan: cuda.Variant("v2", **options) if k == kernel else default(k, scan))
+    monkeypatch.setitem(cuda.MAX_RANK, kernel, 64)
 
-    def variant(kernel, scan):
-        return cuda.Variant("v2", **FORWARD[name]) if kernel == "scan_forward" else default(kernel, scan)
 
-    monkeypatch.setattr(cuda, "variant", variant)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(kernels, monkeypatch, name, case):  # noqa: F811
+    serve(monkeypatch, "scan_forward", FORWARD[name])
     for merge in (True, False):
         check(*case, merge)
-    assert any(kernel == "v2/scan_forward" for kernel in kernels)
+    assert kernels.count("v2/scan_forward") == 2
+
+
+@pytest.mark.parametrize("case", [*CASES, ((3, 5), CROSS, {"dtype": F16, "rank": 3})], ids=str)
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward(kernels, monkeypatch, name, case):  # noqa: F811
+    serve(monkeypatch, "scan_backward", BACKWARD[name])
+    for merge in (True, False):
+        check(*case, merge)
+    assert kernels.count("v2/scan_backward") == 2
