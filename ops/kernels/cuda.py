@@ -99,7 +99,7 @@ class Variant:
     each: int = 1
     """Channels of a thread."""
     ahead: bool = False
-    """Expand the steps of the next tile before a tile is walked; forward only."""
+    """Expand the steps of the next tile beside what else a tile needs."""
     degree: int = 8
     """Of the polynomial in softplus, 8 or 5."""
     short: bool = False
@@ -176,7 +176,8 @@ class _Case:
             step_row = -(-ranks // 16) * 16 + 8 if backward and ranks > span else span + 8
             warp = 4 * STEPS * step_row + 8 * STEPS + 4 * span * (weight_row + 1) + (128 * ranks + 8 * STEPS if backward else 0)
             maps = 2 * 2 * STEPS * self.variant.channels * (2 if backward else 1)
-            return maps + warps * warp + 2 * 2 * STEPS * row + 4 * (4 * STEPS + 16)
+            row_tiles = 4 if backward and self.variant.ahead else 2
+            return maps + warps * warp + row_tiles * 2 * STEPS * row + 4 * (4 * STEPS + 16)
         step_row = next(row for row in (40, 56, 72) if ranks <= row)
         warp = 4 * STEPS * step_row + 128 * ranks + 128 + (128 * ranks + 8 * STEPS if backward else 0)
         maps = 2 * 2 * STEPS * self.threads * (2 if backward else 1)

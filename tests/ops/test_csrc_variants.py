@@ -15,7 +15,8 @@ FORWARD = {
 }
 BACKWARD = {
     "three warps": {"channels": 96},
-    "two warps, short": {"channels": 64, "degree": 5, "short": True},
+    "three warps ahead": {"channels": 96, "ahead": True},
+    "two warps ahead, short": {"channels": 64, "ahead": True, "degree": 5, "short": True},
     "a warp": {"channels": 32},
 }
 CASES = [

@@ -165,10 +165,10 @@ DEVICE void walk(
         const float value = to_float(values[t * WIDTH]), grad = to_float(grads[t * WIDTH]);
         const float g = grad * own.C(t) + carry;
         carry = a[t][0] * g;
-        const float through_b = g * own.B(t);
         const float through_a = carry * (t ? steps[(t - 1) * STEP_ROW] : start);
         sum_A += through_a * delta[t];
-        const float for_b = g * (delta[t] * value), for_c = grad * steps[t * STEP_ROW];
+        const float weighted = g * value;
+        const float for_b = weighted * delta[t], for_c = grad * steps[t * STEP_ROW];
         if (t % 2) {
             after_b = for_b;
             after_c = for_c;
@@ -176,10 +176,10 @@ DEVICE void walk(
             channel_sums.add(t + 1, after_b, after_c, for_b, for_c, lane);
         }
         sums.D += grad * value;
-        const float change = (through_b * value + through_a * slow) * slope[t];
+        const float change = (weighted * own.B(t) + through_a * slow) * slope[t];
         sums.bias += change;
         steps[t * STEP_ROW] = change;
-        a[t][0] = through_b * delta[t] + skip * grad;  // dx
+        a[t][0] = g * own.B(t) * delta[t] + skip * grad;  // dx
     }
     sums.A += sum_A;
 #pragma unroll
@@ -220,53 +220,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     Own &own = shared.own[warp];
 
     clear_rows(shared.rows, thread);
+    int tile = last, before = tile > 0 ? tile - 1 : last, second = before > 0 ? before - 1 : last;
     if (warp == 0) {
-        write_places(shared.places[0], map, last, lane);
-        write_places(shared.places[1], map, last > 0 ? last - 1 : last, lane);
+        write_places(shared.places[0], map, tile, lane);
+        write_places(shared.places[1], map, before, lane);
+        if (AHEAD) write_places(shared.places[2], map, second, lane);
     }
     block_barrier();
     copy_tile(shared.x[0], x, x_position, in_block, shared.places[0], thread);
     copy_tile(shared.dy[0], dy, dy_position, in_block, shared.places[0], thread);
     copy_rows(shared.rows[0], projection, projection_position, shared.places[0], thread);
+    if (AHEAD && count > 1) {
+        if (before == last) projection += projection_image;
+        copy_rows(shared.rows[1], projection, projection_position, shared.places[1], thread);
+    }
     float next_state = *states;
     wait_copies();
+    Expanded expanded;
+    if (AHEAD) {
+        block_barrier();
+        expand(expanded, shared.rows[0], shared.weights[warp], lane);
+    }
 
     float carry = 0.f;
     Sums sums = {0.f, 0.f, 0.f};
     float4(&weight_gradient)[2][RANK8 / 8][32] = shared.weight_gradients[warp];
 #pragma unroll
     for (int i = 0; i < 2 * RANK8 / 8; i++) weight_gradient[i % 2][i / 2][lane] = {0.f, 0.f, 0.f, 0.f};
-    int tile = last;
     for (int i = 0; i < count; i++) {
         block_barrier();  // the next tile is here, and what the last one left in shared memory is read
-        const int before = tile > 0 ? tile - 1 : last;
+        if (AHEAD) write_own(own, expanded, lane);
         const float start = next_state;
         if (i + 1 < count) {
             states -= channels;
             if (tile == 0) {  // the next image
                 dy += dy_image;
                 x += x_image;
-                projection += projection_image;
                 states += (long long)(K + 1) * tiles * channels;
             }
             next_state = *states;
             copy_tile(shared.x[(i + 1) % 2], x, x_position, in_block, shared.places[(i + 1) % 4], thread);
             copy_tile(shared.dy[(i + 1) % 2], dy, dy_position, in_block, shared.places[(i + 1) % 4], thread);
-            copy_rows(shared.rows[(i + 1) % 2], projection, projection_position, shared.places[(i + 1) % 4], thread);
         }
-        if (warp == 0) write_places(shared.places[(i + 2) % 4], map, before > 0 ? before - 1 : last, lane);
-        const Rows &rows = shared.rows[i % 2];
+        if (i + 1 + AHEAD < count) {
+            if ((AHEAD ? second : before) == last) projection += projection_image;
+            const Places &places = shared.places[(i + 1 + AHEAD) % 4];
+            copy_rows(shared.rows[(i + 1 + AHEAD) % ROW_TILES], projection, projection_position, places, thread);
+        }
+        const int third = second > 0 ? second - 1 : last;
+        if (warp == 0) write_places(shared.places[(i + 2 + AHEAD) % 4], map, AHEAD ? third : second, lane);
+        const Rows &rows = shared.rows[i % ROW_TILES];
         const uint16 *values = shared.x[i % 2] + thread, *grads = shared.dy[i % 2] + thread;
         const Places &here = shared.places[i % 4];
-        Expanded expanded;
-        expand(expanded, rows, shared.weights[warp], lane);
-        write_own(own, expanded, lane);
+        if (!AHEAD) {
+            expand(expanded, rows, shared.weights[warp], lane);
+            write_own(own, expanded, lane);
+        }
         __syncwarp();
         float *in_sums = shared.sums[warp];
         if (LAST < T && tile == last)
             walk<LAST>(carry, sums, in_sums, own, start, values, grads, decay, skip, dx, scales, here, channels, left, lane);
         else walk<T>(carry, sums, in_sums, own, start, values, grads, decay, skip, dx, scales, here, channels, left, lane);
         __syncwarp();
+        if (AHEAD) expand(expanded, shared.rows[(i + 1) % ROW_TILES], shared.weights[warp], lane);
         through_low_rank(weight_gradient, own.steps, rows, shared.weights[warp], lane);
         wait_copies();
         block_barrier();
@@ -280,6 +296,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
             scales += (long long)(K + 1) * tiles * channels;
         }
         tile = before;
+        before = second;
+        second = third;
     }
     const long long row = (long long)group * sums_row;
     store_weight(dweight + row + (long long)k * channels * RANK, weight_gradient, block * WIDTH + 32 * warp, channels, lane);

@@ -9,7 +9,7 @@
 //   SCALED   1 where y or dx leaves as parts to be summed over the paths: float16 numbers below 2, and a power of two for each tile and
 //            channel, which is half of float32's traffic with no range lost; 0 where it leaves in the dtype of x
 //   LAST     steps that the last tile of a path can have, a multiple of 4
-//   AHEAD    1 where the steps of the next tile are expanded before a tile is walked
+//   AHEAD    1 where the steps of the next tile are expanded beside what else a tile needs
 //   WORDS    1 where the rows of dt | B | C can be copied four bytes at a time
 //   BACKWARD 0 or 1;  ROWS_F32  1 where blocks of channels share the gradient of dt | B | C, to be summed
 //   SHARED_BYTES  what kernels/cuda.py asks for
@@ -126,6 +126,7 @@ constexpr int CHUNKS = WIDTH / 8;                  // eight channels each
 constexpr int RANK8 = (RANK + 7) / 8 * 8;          // ranks, padded to what a product takes
 constexpr int FIELDS = RANK + 2;                   // a position's dt | B | C
 constexpr int ROW = (((FIELDS > RANK8 ? FIELDS : RANK8) + 7) / 8 | 1) * 8;  // 16-bit row in shared memory: no two of a matrix share a bank
+constexpr int ROW_TILES = BACKWARD && AHEAD ? 4 : 2;  // whose rows lie in shared memory
 constexpr int WEIGHT_ROW = (RANK8 / 8 | 1) * 8;  // likewise
 constexpr int STEP_ROW = BACKWARD && RANK8 > SPAN ? (RANK8 + 15) / 16 * 16 + 8 : SPAN + 8;  // of full steps, and of a gradient of dt
 constexpr float LOG2E = 1.4426950408889634f;
@@ -221,8 +222,8 @@ DEVICE void copy_rows(Rows &rows, const uint16 *projection, int stride, const Pl
     }
 }
 
-DEVICE void clear_rows(Rows (&rows)[2], int thread) {  // fields that only pad are never written again
-    for (int e = thread; e < 2 * T * ROW; e += THREADS) rows[e / (T * ROW)].row[0][e % (T * ROW)] = 0;
+DEVICE void clear_rows(Rows (&rows)[ROW_TILES], int thread) {  // fields that only pad are never written again
+    for (int e = thread; e < ROW_TILES * T * ROW; e += THREADS) rows[e / (T * ROW)].row[0][e % (T * ROW)] = 0;
 }
 
 // The weight of the step for the channels of a warp, times log2(e), and the bias.
@@ -325,7 +326,7 @@ struct Shared {
 #endif
     Own own[WARPS];
     Weight weights[WARPS];
-    Rows rows[2];
+    Rows rows[ROW_TILES];
     Places places[4];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/cuda.py asks for too little shared memory");
