@@ -100,6 +100,8 @@ class Variant:
     """Channels of a thread."""
     ahead: bool = False
     """Expand the steps of the next tile beside what else a tile needs."""
+    apart: bool = False
+    """Let a block meet once a tile rather than twice, for more shared memory; backward only."""
     degree: int = 8
     """Of the polynomial in softplus, 8 or 5."""
     short: bool = False
@@ -157,7 +159,12 @@ class _Case:
             "ROWS_F32": self.blocks > 1, "SHARED_BYTES": self._shared_bytes(backward),
         }  # fmt: skip
         if self.variant.folder:
-            macros |= {"EACH": self.variant.each, "AHEAD": self.variant.ahead, "DEGREE": self.variant.degree}
+            macros |= {
+                "EACH": self.variant.each,
+                "AHEAD": self.variant.ahead,
+                "APART": self.variant.apart,
+                "DEGREE": self.variant.degree,
+            }
             macros |= {"LAST": self._last_steps(), "WORDS": scan.rank % 2 == 0 and _in_words(scan.dt)}
         options = tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in macros.items())
         device = scan.x.device
@@ -174,10 +181,12 @@ class _Case:
             span = 32 * self.variant.each
             row, weight_row = (8 * (-(-numbers // 8) | 1) for numbers in (max(self.scan.rank + 2, ranks), ranks))
             step_row = -(-ranks // 16) * 16 + 8 if backward and ranks > span else span + 8
-            warp = 4 * STEPS * step_row + 8 * STEPS + 4 * span * (weight_row + 1) + (128 * ranks + 8 * STEPS if backward else 0)
+            places = 2 if self.variant.apart else 1
+            own = 4 * STEPS * step_row + 8 * STEPS + (8 * STEPS if backward else 0)
+            warp = places * own + 4 * span * (weight_row + 1) + (128 * ranks if backward else 0)
             maps = 2 * 2 * STEPS * self.variant.channels * (2 if backward else 1)
             row_tiles = 4 if backward and self.variant.ahead else 2
-            return maps + warps * warp + row_tiles * 2 * STEPS * row + 4 * (4 * STEPS + 16)
+            return maps + warps * warp + row_tiles * 2 * STEPS * row + places * 4 * (4 * STEPS + 16)
         step_row = next(row for row in (40, 56, 72) if ranks <= row)
         warp = 4 * STEPS * step_row + 128 * ranks + 128 + (128 * ranks + 8 * STEPS if backward else 0)
         maps = 2 * 2 * STEPS * self.threads * (2 if backward else 1)

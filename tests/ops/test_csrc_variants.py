@@ -15,8 +15,9 @@ FORWARD = {
 }
 BACKWARD = {
     "three warps": {"channels": 96},
-    "three warps ahead": {"channels": 96, "ahead": True},
-    "two warps ahead, short": {"channels": 64, "ahead": True, "degree": 5, "short": True},
+    "three warps ahead, short": {"channels": 96, "ahead": True, "degree": 5, "short": True},
+    "two warps apart": {"channels": 64, "apart": True},
+    "four warps ahead and apart, short": {"channels": 128, "ahead": True, "apart": True, "degree": 5, "short": True},
     "a warp": {"channels": 32},
 }
 CASES = [

@@ -119,7 +119,7 @@ DEVICE void store_weight(float *out, const float4 (&sum)[2][RANK8 / 8][32], int 
 }
 
 // The gradient of a tile's rows of dt | B | C, added up over the warps of the block; B's came times log2(e).
-DEVICE void store_rows(Row *drows, const Shared &shared, const Places &places, int thread) {
+DEVICE void store_rows(Row *drows, const Own (&own)[WARPS], const float (&sums)[WARPS][2 * T], const Places &places, int thread) {
 #pragma unroll
     for (int i = 0; i < (T * FIELDS + THREADS - 1) / THREADS; i++) {
         const int e = thread + i * THREADS;
@@ -128,7 +128,7 @@ DEVICE void store_rows(Row *drows, const Shared &shared, const Places &places, i
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++)
-                sum += field < RANK ? shared.own[w].steps[t * STEP_ROW + field] : shared.sums[w][(field - RANK) * T + t];
+                sum += field < RANK ? own[w].steps[t * STEP_ROW + field] : sums[w][(field - RANK) * T + t];
             drows[(long long)places.position(t) * (PATH_COUNT * FIELDS) + field] = to_row(field == RANK ? sum * LN2 : sum);
         }
     }
@@ -217,7 +217,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         shared.weights[warp], dt_weight + (long long)k * channels * RANK, dt_bias + k * channels, block * WIDTH + 32 * warp, channels, lane);
     const float decay = A[k * channels + own_channel];
     const float skip = HAS_D ? D[k * channels + own_channel] : 0.f;
-    Own &own = shared.own[warp];
 
     clear_rows(shared.rows, thread);
     int tile = last, before = tile > 0 ? tile - 1 : last, second = before > 0 ? before - 1 : last;
@@ -247,8 +246,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     float4(&weight_gradient)[2][RANK8 / 8][32] = shared.weight_gradients[warp];
 #pragma unroll
     for (int i = 0; i < 2 * RANK8 / 8; i++) weight_gradient[i % 2][i / 2][lane] = {0.f, 0.f, 0.f, 0.f};
+    block_barrier();
     for (int i = 0; i < count; i++) {
-        block_barrier();  // the next tile is here, and what the last one left in shared memory is read
+        Own &own = shared.own[i % (1 + APART)][warp];
         if (AHEAD) write_own(own, expanded, lane);
         const float start = next_state;
         if (i + 1 < count) {
@@ -259,25 +259,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
                 states += (long long)(K + 1) * tiles * channels;
             }
             next_state = *states;
-            copy_tile(shared.x[(i + 1) % 2], x, x_position, in_block, shared.places[(i + 1) % 4], thread);
-            copy_tile(shared.dy[(i + 1) % 2], dy, dy_position, in_block, shared.places[(i + 1) % 4], thread);
+            copy_tile(shared.x[(i + 1) % 2], x, x_position, in_block, shared.places[(i + 1) % PLACES], thread);
+            copy_tile(shared.dy[(i + 1) % 2], dy, dy_position, in_block, shared.places[(i + 1) % PLACES], thread);
         }
         if (i + 1 + AHEAD < count) {
             if ((AHEAD ? second : before) == last) projection += projection_image;
-            const Places &places = shared.places[(i + 1 + AHEAD) % 4];
+            const Places &places = shared.places[(i + 1 + AHEAD) % PLACES];
             copy_rows(shared.rows[(i + 1 + AHEAD) % ROW_TILES], projection, projection_position, places, thread);
         }
         const int third = second > 0 ? second - 1 : last;
-        if (warp == 0) write_places(shared.places[(i + 2 + AHEAD) % 4], map, AHEAD ? third : second, lane);
+        if (warp == 0) write_places(shared.places[(i + 2 + AHEAD) % PLACES], map, AHEAD ? third : second, lane);
         const Rows &rows = shared.rows[i % ROW_TILES];
         const uint16 *values = shared.x[i % 2] + thread, *grads = shared.dy[i % 2] + thread;
-        const Places &here = shared.places[i % 4];
+        const Places &here = shared.places[i % PLACES];
         if (!AHEAD) {
             expand(expanded, rows, shared.weights[warp], lane);
             write_own(own, expanded, lane);
         }
         __syncwarp();
-        float *in_sums = shared.sums[warp];
+        float *in_sums = shared.sums[i % (1 + APART)][warp];
         if (LAST < T && tile == last)
             walk<LAST>(carry, sums, in_sums, own, start, values, grads, decay, skip, dx, scales, here, channels, left, lane);
         else walk<T>(carry, sums, in_sums, own, start, values, grads, decay, skip, dx, scales, here, channels, left, lane);
@@ -285,8 +285,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         if (AHEAD) expand(expanded, shared.rows[(i + 1) % ROW_TILES], shared.weights[warp], lane);
         through_low_rank(weight_gradient, own.steps, rows, shared.weights[warp], lane);
         wait_copies();
-        block_barrier();
-        store_rows(drows, shared, here, thread);
+        block_barrier();  // the next tile is here
+        store_rows(drows, shared.own[i % (1 + APART)], shared.sums[i % (1 + APART)], here, thread);
 
         scales -= channels;
         if (tile == 0) {  // the next image
@@ -298,6 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         tile = before;
         before = second;
         second = third;
+        if (!APART) block_barrier();  // what this tile left in shared memory is read
     }
     const long long row = (long long)group * sums_row;
     store_weight(dweight + row + (long long)k * channels * RANK, weight_gradient, block * WIDTH + 32 * warp, channels, lane);

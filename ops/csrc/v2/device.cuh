@@ -10,6 +10,7 @@
 //            channel, which is half of float32's traffic with no range lost; 0 where it leaves in the dtype of x
 //   LAST     steps that the last tile of a path can have, a multiple of 4
 //   AHEAD    1 where the steps of the next tile are expanded beside what else a tile needs
+//   APART    1 where a block meets once a tile rather than twice: what its warps show each other has two places; backward only
 //   WORDS    1 where the rows of dt | B | C can be copied four bytes at a time
 //   BACKWARD 0 or 1;  ROWS_F32  1 where blocks of channels share the gradient of dt | B | C, to be summed
 //   SHARED_BYTES  what kernels/cuda.py asks for
@@ -127,6 +128,7 @@ constexpr int RANK8 = (RANK + 7) / 8 * 8;          // ranks, padded to what a pr
 constexpr int FIELDS = RANK + 2;                   // a position's dt | B | C
 constexpr int ROW = (((FIELDS > RANK8 ? FIELDS : RANK8) + 7) / 8 | 1) * 8;  // 16-bit row in shared memory: no two of a matrix share a bank
 constexpr int ROW_TILES = BACKWARD && AHEAD ? 4 : 2;  // whose rows lie in shared memory
+constexpr int PLACES = 4 * (1 + APART);  // tiles whose places lie in shared memory
 constexpr int WEIGHT_ROW = (RANK8 / 8 | 1) * 8;  // likewise
 constexpr int STEP_ROW = BACKWARD && RANK8 > SPAN ? (RANK8 + 15) / 16 * 16 + 8 : SPAN + 8;  // of full steps, and of a gradient of dt
 constexpr float LOG2E = 1.4426950408889634f;
@@ -322,18 +324,18 @@ struct Shared {
 #if BACKWARD
     uint16 dy[2][T * WIDTH];
     float4 weight_gradients[WARPS][2][RANK8 / 8][32];
-    float sums[WARPS][2 * T];
+    float sums[1 + APART][WARPS][2 * T];
 #endif
-    Own own[WARPS];
+    Own own[1 + APART][WARPS];
     Weight weights[WARPS];
     Rows rows[ROW_TILES];
-    Places places[4];
+    Places places[PLACES];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/cuda.py asks for too little shared memory");
 
 // What a thread reads and writes of its channels; `at` belongs to its first.
 DEVICE int first_of(int lane) { return EACH == 2 ? 2 * lane : lane; }
-constexpr int APART = EACH == 2 ? 1 : 32;
+constexpr int STRIDE = EACH == 2 ? 1 : 32;
 
 DEVICE void load_each(float (&v)[EACH], const float *at) {
 #if EACH == 2
@@ -369,7 +371,7 @@ template <int STEPS>
 DEVICE void store_tile(uint16 *map, uint16 *scale, float (&v)[T][EACH], const Places &places, int channels, int left) {
     uint32 stored[EACH];
 #pragma unroll
-    for (int j = 0; j < EACH; j++) stored[j] = left > APART * j ? places.inside : 0;
+    for (int j = 0; j < EACH; j++) stored[j] = left > STRIDE * j ? places.inside : 0;
     float times[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; j++) times[j] = 1.f;

@@ -46,11 +46,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     float decay[EACH], skip[EACH], h[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-        decay[j] = left > APART * j ? A[k * channels + c + APART * j] : 0.f;
-        skip[j] = HAS_D && left > APART * j ? D[k * channels + c + APART * j] : 0.f;
+        decay[j] = left > STRIDE * j ? A[k * channels + c + STRIDE * j] : 0.f;
+        skip[j] = HAS_D && left > STRIDE * j ? D[k * channels + c + STRIDE * j] : 0.f;
         h[j] = 0.f;
     }
-    Own &own = shared.own[warp];
+    Own &own = shared.own[0][warp];
 
     clear_rows(shared.rows, thread);
     int tile = 0, after = tiles > 1 ? 1 : 0, second = after + 1 < tiles ? after + 1 : 0;
@@ -78,17 +78,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     for (int i = 0; i < count; i++) {
         if (i + 1 < count) {
             if (after == 0) x += x_image;
-            copy_tile(shared.x[(i + 1) % 2], x, x_position, channels - block * WIDTH, shared.places[(i + 1) % 4], thread);
+            copy_tile(shared.x[(i + 1) % 2], x, x_position, channels - block * WIDTH, shared.places[(i + 1) % PLACES], thread);
         }
         if (i + 1 + AHEAD < count) {
             if ((AHEAD ? second : after) == 0) projection += projection_image;
-            copy_rows(shared.rows[(i + 1 + AHEAD) % 2], projection, projection_position, shared.places[(i + 1 + AHEAD) % 4], thread);
+            copy_rows(shared.rows[(i + 1 + AHEAD) % 2], projection, projection_position, shared.places[(i + 1 + AHEAD) % PLACES], thread);
         }
         const int third = second + 1 < tiles ? second + 1 : 0;
-        if (warp == 0) write_places(shared.places[(i + 2 + AHEAD) % 4], map, AHEAD ? third : second, lane);
+        if (warp == 0) write_places(shared.places[(i + 2 + AHEAD) % PLACES], map, AHEAD ? third : second, lane);
 #pragma unroll
         for (int j = 0; j < EACH; j++)
-            if (left > APART * j) states[APART * j] = h[j];
+            if (left > STRIDE * j) states[STRIDE * j] = h[j];
 
         expand(expanded, shared.rows[(i + AHEAD) % 2], shared.weights[warp], lane);
         if (!AHEAD) {
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
             __syncwarp();
         }
         const uint16 *values = shared.x[i % 2] + in_block;
-        const Places &here = shared.places[i % 4];
+        const Places &here = shared.places[i % PLACES];
         if (LAST < T && tile == tiles - 1) walk<LAST>(h, own, values, decay, skip, y, scales, here, channels, left, lane);
         else walk<T>(h, own, values, decay, skip, y, scales, here, channels, left, lane);
         if (AHEAD) {
