@@ -120,16 +120,18 @@ DEVICE void store_weight(float *out, const float4 (&sum)[2][RANK8 / 8][32], int 
 
 // The gradient of a tile's rows of dt | B | C, added up over the warps of the block; B's came times log2(e).
 DEVICE void store_rows(Row *drows, const Own (&own)[WARPS], const float (&sums)[WARPS][2 * T], const Places &places, int thread) {
+    const int t = thread / SHARE;
+    if (!(places.inside >> t & 1)) return;
+    drows += (long long)places.position(t) * (PATH_COUNT * FIELDS);
 #pragma unroll
-    for (int i = 0; i < (T * FIELDS + THREADS - 1) / THREADS; i++) {
-        const int e = thread + i * THREADS;
-        const int t = e / FIELDS, field = e % FIELDS;
-        if (e < T * FIELDS && (places.inside >> t & 1)) {
+    for (int i = 0; i < (FIELDS + SHARE - 1) / SHARE; i++) {
+        const int field = thread % SHARE + i * SHARE;
+        if ((i + 1) * SHARE <= FIELDS || field < FIELDS) {
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; w++)
-                sum += field < RANK ? own[w].steps[t * STEP_ROW + field] : sums[w][(field - RANK) * T + t];
-            drows[(long long)places.position(t) * (PATH_COUNT * FIELDS) + field] = to_row(field == RANK ? sum * LN2 : sum);
+                sum += (i + 1) * SHARE <= RANK || field < RANK ? own[w].steps[t * STEP_ROW + field] : sums[w][(field - RANK) * T + t];
+            drows[field] = to_row(field == RANK ? sum * LN2 : sum);
         }
     }
 }

@@ -201,25 +201,30 @@ DEVICE void write_places(Places &places, const Map &map, int tile, int lane) {
 
 // Start copying a tile of a map, from the first channel of the block, as [T][WIDTH]; zeros off the map.
 DEVICE void copy_tile(uint16 *tile, const uint16 *map, int stride, int channels, const Places &places, int thread) {
+    constexpr bool columns = THREADS % CHUNKS == 0;  // every thread keeps to its channels
 #pragma unroll
     for (int i = 0; i < T * EACH / 8; i++) {
-        const int t = (thread + i * THREADS) / CHUNKS, first = (thread + i * THREADS) % CHUNKS * 8;
-        const bool real = first < channels && (places.inside >> t & 1);
-        copy_async(tile + t * WIDTH + first, map + (real ? (long long)places.position(t) * stride + first : 0), real);
+        const int t = columns ? thread / CHUNKS + i * (THREADS / CHUNKS) : (thread + i * THREADS) / CHUNKS;
+        const int first = (columns ? thread : thread + i * THREADS) % CHUNKS * 8;
+        const char *from = (const char *)(map + (first < channels ? first : 0)) + (long long)places.position(t) * (2 * stride);
+        copy_async(tile + t * WIDTH + first, from, first < channels && (places.inside >> t & 1));
     }
 }
+
+constexpr int SHARE = THREADS / T;  // threads that take care of the row of one step
 
 // Start copying the rows of a tile, zeros off the map. Rows that start at odd numbers are copied at once, a number at a time.
 DEVICE void copy_rows(Rows &rows, const uint16 *projection, int stride, const Places &places, int thread) {
     constexpr int each = WORDS ? 2 : 1, count = FIELDS / each;
+    const int t = thread / SHARE;
+    const bool real = places.inside >> t & 1;
+    const uint16 *from = (const uint16 *)((const char *)projection + (long long)places.position(t) * (2 * stride));
 #pragma unroll
-    for (int i = 0; i < (T * count + THREADS - 1) / THREADS; i++) {
-        const int e = thread + i * THREADS, t = e / count, field = e % count * each;
-        if (e < T * count) {
-            const bool real = places.inside >> t & 1;
-            const uint16 *from = projection + (long long)places.position(t) * stride + field;
-            if (WORDS) copy_word(&rows.row[t][field], from, real);
-            else rows.row[t][field] = real ? *from : 0;
+    for (int i = 0; i < (count + SHARE - 1) / SHARE; i++) {
+        const int at = thread % SHARE + i * SHARE;
+        if ((i + 1) * SHARE <= count || at < count) {
+            if (WORDS) copy_word(&rows.row[t][each * at], from + each * at, real);
+            else rows.row[t][at] = real ? from[at] : 0;
         }
     }
 }
