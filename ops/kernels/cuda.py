@@ -106,6 +106,8 @@ class Variant:
     """Of the polynomial in softplus, 8 or 5."""
     short: bool = False
     """Walk the last tile of a path no further than its steps, to the next four."""
+    images: int = 0
+    """That a block walks one after the other; 0 for as many as let all blocks run at once."""
 
 
 def variant(kernel: str, scan: _Scan) -> Variant:
@@ -137,7 +139,7 @@ class _Case:
         batch = scan.x.shape[0]
         # All blocks run at once: the next image's reads then hide behind the last one's work.
         self.resident = self.variant.resident * 32 // self.threads
-        per_block = -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
+        per_block = self.variant.images or -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
         self.images = (batch, per_block)
         self.groups = -(-batch // per_block)
 

@@ -18,7 +18,7 @@ BACKWARD = {
     "three warps ahead, short": {"channels": 96, "ahead": True, "degree": 5, "short": True},
     "two warps apart": {"channels": 64, "apart": True},
     "four warps ahead and apart, short": {"channels": 128, "ahead": True, "apart": True, "degree": 5, "short": True},
-    "a warp": {"channels": 32},
+    "a warp": {"channels": 32, "images": 2},
 }
 CASES = [
     ((5, 7), CROSS, {"dtype": BF16, "rank": 6, "channels": 96, "batch": 3}),
