@@ -15,11 +15,11 @@ from visionssm.ops import backends, cross_selective_scan
 from visionssm.ops.testing import cross_selective_scan_inputs
 
 
-@pytest.mark.parametrize("kernels", ["test_triton_kernels.py", "test_csrc_kernels.py"])
+@pytest.mark.parametrize("kernels", ["test_triton_kernels.py", "test_csrc_kernels.py", "test_csrc_variants.py"])
 def test_kernels_under_the_interpreter(kernels):
     """The interpreter is chosen when Triton is first imported, hence the new process. CUDA C++ is emulated beside it."""
     pytest.importorskip("triton")
-    if kernels == "test_csrc_kernels.py" and shutil.which("g++") is None:
+    if kernels.startswith("test_csrc") and shutil.which("g++") is None:
         pytest.skip("needs g++")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(kernels))]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
