@@ -32,6 +32,12 @@ static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static int current;
 static void (*body)();
+struct Copy {
+    void *to;
+    const void *from;  // none for zeros
+    int bytes;
+};
+static std::vector<Copy> copies[1024];  // that each thread has yet to wait for
 static float lanes[32][32][8];  // what the lanes of each warp show each other
 
 static void wait(State state) {
@@ -60,6 +66,7 @@ static int run_block(int threads) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
     }
+    for (std::vector<Copy> &pending : copies) pending.clear();
     for (;;) {
         bool ran = false, done = true;
         for (current = 0; current < threads; current++) {
@@ -94,15 +101,23 @@ static uint16_t float_to_bfloat(float v) {
     if (v != v) return 0x7fff;
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-static void copy_async(void *to, const void *from, bool real) {
-    if (((uintptr_t)to | (uintptr_t)from) % 16 && real) std::abort();
-    real ? (void)std::memcpy(to, from, 16) : (void)std::memset(to, 0, 16);
+// A copy arrives no earlier than its thread waits for it, and what it overwrites is gone at once.
+static void copy_later(void *to, const void *from, int bytes, bool real) {
+    if ((uintptr_t)to % bytes || (real && (uintptr_t)from % bytes)) std::abort();
+    std::memset(to, 0xff, bytes);
+    emulator::copies[emulator::current].push_back({to, real ? from : nullptr, bytes});
+}
+static void copy_async(void *to, const void *from, bool real) { copy_later(to, from, 16, real); }
+static void copy_word(void *to, const void *from, bool real) { copy_later(to, from, 4, real); }
+static void wait_copies() {
+    for (const emulator::Copy &copy : emulator::copies[emulator::current])
+        copy.from ? (void)std::memcpy(copy.to, copy.from, copy.bytes) : (void)std::memset(copy.to, 0, copy.bytes);
+    emulator::copies[emulator::current].clear();
 }
 template <class V>
 static void store_if(uint32_t condition, V *to, V v) {
     if (condition) *to = v;
 }
-static void wait_copies() {}
 static float exchange(float v, int mask) {
     emulator::mine()[0] = v;
     __syncwarp();
@@ -117,10 +132,6 @@ static uint32_t ballot(bool v) {
     for (int i = 0; i < 32; i++) mask |= (uint32_t)(emulator::lane(i)[0] != 0.f) << i;
     __syncwarp();
     return mask;
-}
-static void copy_word(void *to, const void *from, bool real) {
-    if (((uintptr_t)to | (uintptr_t)from) % 4) std::abort();
-    real ? (void)std::memcpy(to, from, 4) : (void)std::memset(to, 0, 4);
 }
 static uint32_t pair_of(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
 static uint32_t halves(float low, float high) { return pair_of(float_to_half(low), float_to_half(high)); }
