@@ -204,12 +204,12 @@ class CudaCase:
     moved: int
 
 
-def ss2d_case(batch: int, channels: int, side: int, rank: int, dtype: torch.dtype) -> CudaCase:
+def ss2d_case(batch: int, channels: int, side: int, rank: int, dtype: torch.dtype, device: str = "cuda") -> CudaCase:
     """The core of SS2D: x_proj, dt_proj, scan along four paths, merge."""
-    inputs = cross_selective_scan_inputs(1, (1, 1), channels, 1, CROSS, rank, step_range=(1e-3, 1e-1), dtype=dtype, device="cuda")
+    inputs = cross_selective_scan_inputs(1, (1, 1), channels, 1, CROSS, rank, step_range=(1e-3, 1e-1), dtype=dtype, device=device)
     parameters = {name: inputs[name].requires_grad_() for name in ("A", "D", "dt_weight", "dt_bias")}
-    x = torch.randn(batch, side, side, channels, device="cuda").to(dtype).requires_grad_()
-    x_proj = (torch.randn(4 * (rank + 2), channels, device="cuda") / channels**0.5).to(dtype).requires_grad_()
+    x = torch.randn(batch, side, side, channels, device=device).to(dtype).requires_grad_()
+    x_proj = (torch.randn(4 * (rank + 2), channels, device=device) / channels**0.5).to(dtype).requires_grad_()
 
     def run(backend: str, csrc: int = 0) -> Callable[[], torch.Tensor]:
         def core() -> torch.Tensor:

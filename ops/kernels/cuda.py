@@ -11,6 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,35 @@ def scan_backward(scan: _Scan, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]
     return (merge_parts(dx, scales, scan.size, scan.codes(), x.dtype) if case.scaled else dx), rows, *gradients
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How a kernel is built and its work cut up."""
+
+    folder: str = ""
+    """Of csrc: "" or "v2", whose kernels take what follows; the others have one channel a thread."""
+    channels: int = 96
+    """Of a block, 32 * each * warps."""
+    resident: int = 12
+    """Warps on a multiprocessor: what registers and shared memory have room for."""
+    each: int = 1
+    """Channels of a thread."""
+    ahead: bool = False
+    """Expand the steps of the next tile beside what else a tile needs."""
+    apart: bool = False
+    """Let a block meet once a tile rather than twice, for more shared memory; backward only."""
+    degree: int = 8
+    """Of the polynomial in softplus, 8 or 5."""
+    short: bool = False
+    """Walk the last tile of a path no further than its steps, to the next four."""
+    images: int = 0
+    """That a block walks one after the other; 0 for as many as let all blocks run at once."""
+
+
+def variant(kernel: str, scan: _Scan) -> Variant:
+    """The variant of a kernel, `scan_forward` or `scan_backward`, that serves a scan."""
+    return Variant("", channels_per_block(scan), _resident_warps(kernel, scan.rank))
+
+
 def channels_per_block(scan: _Scan) -> int:
     """Threads of a block, a channel each: as few idle ones as can be, and no more than shared memory has room for."""
     most = 128 if scan.rank <= 24 else 96 if scan.rank <= 48 else 64
@@ -103,12 +133,13 @@ class _Case:
 
     def __init__(self, kernel: str, scan: _Scan, scaled: bool) -> None:
         self.kernel, self.scan, self.scaled = kernel, scan, scaled
-        self.threads = channels_per_block(scan)
-        self.blocks = -(-scan.channels // self.threads)
+        self.variant = variant(kernel, scan)
+        self.threads = self.variant.channels // self.variant.each
+        self.blocks = -(-scan.channels // self.variant.channels)
         batch = scan.x.shape[0]
         # All blocks run at once: the next image's reads then hide behind the last one's work.
-        self.resident = _resident_warps(kernel, scan.rank) * 32 // self.threads
-        per_block = -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
+        self.resident = self.variant.resident * 32 // self.threads
+        per_block = self.variant.images or -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
         self.images = (batch, per_block)
         self.groups = -(-batch // per_block)
 
@@ -129,9 +160,17 @@ class _Case:
             "SCALED": self.scaled, "BACKWARD": backward,
             "ROWS_F32": self.blocks > 1, "SHARED_BYTES": self._shared_bytes(backward),
         }  # fmt: skip
+        if self.variant.folder:
+            macros |= {
+                "EACH": self.variant.each,
+                "AHEAD": self.variant.ahead,
+                "APART": self.variant.apart,
+                "DEGREE": self.variant.degree,
+            }
+            macros |= {"LAST": self._last_steps(), "WORDS": scan.rank % 2 == 0 and _in_words(scan.dt)}
         options = tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in macros.items())
         device = scan.x.device
-        compiled = compile_kernel(self.kernel, options, device, macros["SHARED_BYTES"])
+        compiled = compile_kernel(f"{self.variant.folder}/{self.kernel}", options, device, macros["SHARED_BYTES"])
         pointers = [scan.A if t is None else t for t in tensors]
         grid = (self.blocks * scan.k * self.groups, 1, 1)
         with torch.cuda.device(device if device.type == "cuda" else -1):
@@ -140,24 +179,40 @@ class _Case:
     def _shared_bytes(self, backward: bool) -> int:
         """Size of csrc's `Shared`, which asserts it."""
         ranks, warps = -(-self.scan.rank // 8) * 8, self.threads // 32
+        if self.variant.folder:
+            span = 32 * self.variant.each
+            row, weight_row = (8 * (-(-numbers // 8) | 1) for numbers in (max(self.scan.rank + 2, ranks), ranks))
+            step_row = -(-ranks // 16) * 16 + 8 if backward and ranks > span else span + 8
+            places = 2 if self.variant.apart else 1
+            own = 4 * STEPS * step_row + 8 * STEPS + (8 * STEPS if backward else 0)
+            warp = places * own + 4 * span * (weight_row + 1) + (128 * ranks if backward else 0)
+            maps = 2 * 2 * STEPS * self.variant.channels * (2 if backward else 1)
+            row_tiles = 4 if backward and self.variant.ahead else 2
+            return maps + warps * warp + row_tiles * 2 * STEPS * row + places * 4 * (4 * STEPS + 16)
         step_row = next(row for row in (40, 56, 72) if ranks <= row)
         warp = 4 * STEPS * step_row + 128 * ranks + 128 + (128 * ranks + 8 * STEPS if backward else 0)
         maps = 2 * 2 * STEPS * self.threads * (2 if backward else 1)
         return maps + warps * warp + 2 * (4 * STEPS * (ranks + 4) + 8 * STEPS) + 4 * (4 * STEPS + 16)
 
+    def _last_steps(self) -> int:
+        """Steps that the last tile of the longest path has, to the next four; all where walking fewer would gain little."""
+        last = -(-((self.scan.length() - 1) % STEPS + 1) // 4) * 4
+        return last if self.variant.short and last <= STEPS // 2 else STEPS
+
 
 def source(kernel: str) -> str:
-    """The text of a kernel: `scan_forward`, `scan_backward`, or `sequence_...` of either."""
-    shared = ("device.cuh", "sequence.cuh") if kernel.startswith("sequence_") else ("device.cuh",)
-    names = (*shared, f"{kernel.removeprefix('scan_')}.cu")
-    return "".join((_SOURCES / name).read_text() for name in names)
+    """The text of a kernel: `scan_forward`, `scan_backward`, or `sequence_...` of either; after its folder in csrc and a slash."""
+    folder, _, name = kernel.rpartition("/")
+    shared = ("device.cuh", "sequence.cuh") if name.startswith("sequence_") else ("device.cuh",)
+    names = (*shared, f"{name.removeprefix('scan_')}.cu")
+    return "".join((_SOURCES / folder / name).read_text() for name in names)
 
 
 @functools.cache
 def compile_kernel(kernel: str, options: tuple[str, ...], device: torch.device, shared_bytes: int) -> Callable[..., None]:
     """A function of grid, block, arguments (scalars are 32-bit integers) and shared memory; made once for each case and device."""
     with torch.cuda.device(device):
-        compiled = torch.cuda._compile_kernel(source(kernel), kernel, nvcc_options=list(options))
+        compiled = torch.cuda._compile_kernel(source(kernel), kernel.rpartition("/")[2], nvcc_options=list(options))
         if shared_bytes >= 48 * 1024:
             compiled.set_shared_memory_config(shared_bytes)
     return compiled
@@ -186,6 +241,11 @@ def _in_chunks(m: Tensor) -> bool:
     """Whether a map can be copied eight channels, 16 bytes of 16-bit numbers, at a time."""
     whole = all(m.shape[i] == 1 or stride % 8 == 0 for i, stride in enumerate(m.stride()[:-1]))
     return whole and max(m.stride()) < _LARGEST and m.stride(-1) == 1 and m.shape[-1] % 8 == 0 and m.data_ptr() % 16 == 0
+
+
+def _in_words(rows: Tensor) -> bool:
+    """Whether every row of 16-bit numbers starts at a multiple of four bytes."""
+    return all(stride % 2 == 0 for stride in rows.stride()[:-1]) and rows.data_ptr() % 4 == 0
 
 
 def _strides(m: Tensor) -> tuple[int, int, int]:

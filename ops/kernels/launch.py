@@ -232,15 +232,16 @@ class _Scan:
     def suits_cuda(self, kernel: str) -> bool:
         """Whether a CUDA C++ kernel serves this scan: it does not split a path."""
         programs = triton.cdiv(self.channels, 32) * self.k * self.x.shape[0]
-        one_pass = self._splits(programs, triton.cdiv(self._length(), STEPS))[0] == 1
+        one_pass = self._splits(programs, triton.cdiv(self.length(), STEPS))[0] == 1
         return one_pass and not _wide(self.x, self.dt) and cuda.suits(kernel, self)
 
     def new_states(self) -> Tensor:
         """Room for the states before every tile."""
-        shape = states_shape(self.x.shape[0], self.k, self._length(), self.channels, self.n)
+        shape = states_shape(self.x.shape[0], self.k, self.length(), self.channels, self.n)
         return self.x.new_empty(shape, dtype=torch.float32)
 
-    def _length(self) -> int:
+    def length(self) -> int:
+        """Steps of the longest path, window padding included."""
         return _facts(self.paths, self.size)[1]
 
     def _splits(self, programs: int, tiles: int) -> tuple[int, int]:

@@ -32,6 +32,12 @@ static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static int current;
 static void (*body)();
+struct Copy {
+    void *to;
+    const void *from;  // none for zeros
+    int bytes;
+};
+static std::vector<Copy> copies[1024];  // that each thread has yet to wait for
 static float lanes[32][32][8];  // what the lanes of each warp show each other
 
 static void wait(State state) {
@@ -60,6 +66,7 @@ static int run_block(int threads) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
     }
+    for (std::vector<Copy> &pending : copies) pending.clear();
     for (;;) {
         bool ran = false, done = true;
         for (current = 0; current < threads; current++) {
@@ -94,9 +101,18 @@ static uint16_t float_to_bfloat(float v) {
     if (v != v) return 0x7fff;
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-static void copy_async(void *to, const void *from, bool real) {
-    if (((uintptr_t)to | (uintptr_t)from) % 16 && real) std::abort();
-    real ? (void)std::memcpy(to, from, 16) : (void)std::memset(to, 0, 16);
+// A copy arrives no earlier than its thread waits for it, and what it overwrites is gone at once.
+static void copy_later(void *to, const void *from, int bytes, bool real) {
+    if ((uintptr_t)to % bytes || (real && (uintptr_t)from % bytes)) std::abort();
+    std::memset(to, 0xff, bytes);
+    emulator::copies[emulator::current].push_back({to, real ? from : nullptr, bytes});
+}
+static void copy_async(void *to, const void *from, bool real) { copy_later(to, from, 16, real); }
+static void copy_word(void *to, const void *from, bool real) { copy_later(to, from, 4, real); }
+static void wait_copies() {
+    for (const emulator::Copy &copy : emulator::copies[emulator::current])
+        copy.from ? (void)std::memcpy(copy.to, copy.from, copy.bytes) : (void)std::memset(copy.to, 0, copy.bytes);
+    emulator::copies[emulator::current].clear();
 }
 template <class V>
 static void store_if(uint32_t condition, V *to, V v) {
@@ -104,7 +120,6 @@ static void store_if(uint32_t condition, V *to, V v) {
 }
 template <class V>
 static V *afresh(V *p) { return p; }
-static void wait_copies() {}
 static float exchange(float v, int mask) {
     emulator::mine()[0] = v;
     __syncwarp();
@@ -119,6 +134,55 @@ static uint32_t ballot(bool v) {
     for (int i = 0; i < 32; i++) mask |= (uint32_t)(emulator::lane(i)[0] != 0.f) << i;
     __syncwarp();
     return mask;
+}
+static uint32_t pair_of(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
+static uint32_t halves(float low, float high) { return pair_of(float_to_half(low), float_to_half(high)); }
+static uint32_t bfloats(float low, float high) { return pair_of(float_to_bfloat(low), float_to_bfloat(high)); }
+static uint32_t warp_max(uint32_t v) {
+    emulator::mine()[0] = from_bits(v);
+    __syncwarp();
+    uint32_t most = 0;
+    for (int i = 0; i < 32; i++) most = bits_of(emulator::lane(i)[0]) > most ? bits_of(emulator::lane(i)[0]) : most;
+    __syncwarp();
+    return most;
+}
+template <int N>
+static void matrices(uint32_t (&m)[N], const uint16_t *row, bool transposed) {
+    static const uint16_t *rows[32][32];
+    const uint16_t **own = rows[threadIdx.x / 32];
+    if ((uintptr_t)row % 16) std::abort();
+    own[threadIdx.x % 32] = row;
+    __syncwarp();
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    for (int i = 0; i < N; i++) {
+        const uint16_t **r = own + 8 * i;
+        m[i] = transposed ? pair_of(r[2 * q][g], r[2 * q + 1][g]) : pair_of(r[g][2 * q], r[g][2 * q + 1]);
+    }
+    __syncwarp();
+}
+template <int N>
+static void load_matrices(uint32_t (&m)[N], const uint16_t *row) { matrices(m, row, false); }
+template <int N>
+static void load_transposed(uint32_t (&m)[N], const uint16_t *row) { matrices(m, row, true); }
+static float element(float pairs, int i) {
+    const uint16_t v = (uint16_t)(bits_of(pairs) >> 16 * i);
+    return BF16 ? from_bits((uint32_t)v << 16) : half_to_float(v);
+}
+static void multiply_add(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const uint32_t own[6] = {a0, a1, a2, a3, b0, b1};
+    for (int i = 0; i < 6; i++) emulator::mine()[i] = from_bits(own[i]);
+    __syncwarp();
+    const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+    for (int i = 0; i < 4; i++) {
+        double sum = d[i];
+        for (int k = 0; k < 16; k++) {
+            const float a = element(emulator::lane(4 * g + k % 8 / 2)[i / 2 + 2 * (k / 8)], k % 2);
+            const float b = element(emulator::lane(4 * (2 * q + i % 2) + k % 8 / 2)[4 + k / 8], k % 2);
+            sum += (double)a * b;
+        }
+        d[i] = (float)sum;
+    }
+    __syncwarp();
 }
 static float as_tf32(float v) { return from_bits(bits_of(v) & 0xffffe000u); }  // what the tensor cores read of a float32
 static void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {

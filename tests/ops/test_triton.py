@@ -15,7 +15,9 @@ from visionssm.ops import backends, cross_selective_scan
 from visionssm.ops.testing import cross_selective_scan_inputs
 
 
-@pytest.mark.parametrize("kernels", ["test_triton_kernels.py", "test_csrc_kernels.py", "test_csrc_sequence.py"])
+@pytest.mark.parametrize(
+    "kernels", ["test_triton_kernels.py", "test_csrc_kernels.py", "test_csrc_variants.py", "test_csrc_sequence.py"]
+)
 def test_kernels_under_the_interpreter(kernels):
     """The interpreter is chosen when Triton is first imported, hence the new process. CUDA C++ is emulated beside it."""
     pytest.importorskip("triton")

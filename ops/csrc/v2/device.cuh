@@ -1,0 +1,408 @@
+// What the scan kernels share: number formats, tensor-core products, where a path goes, how a tile gets into shared memory.
+//
+// Compiled at run time by NVRTC, without any header, with these macros set by kernels/cuda.py:
+//   PATHS    the codes of the K paths, `2 * kind + flip`: kind 0 is h, 1 is v, K + 1 is wK;  PATH_COUNT  K;  WINDOWS  1 if one is wK
+//   RANK     R of the low-rank step;  WARPS  warps of a block;  BLOCKS  blocks of a multiprocessor
+//   EACH     channels of a thread: 2 are neighbours, 1 or 3 lie 32 apart
+//   BF16     1 for bfloat16 maps, 0 for float16
+//   HAS_D, HAS_BIAS, SOFTPLUS  0 or 1;  DEGREE  of the polynomial in softplus
+//   SCALED   1 where y or dx leaves as parts to be summed over the paths: float16 numbers below 2, and a power of two for each tile and
+//            channel, which is half of float32's traffic with no range lost; 0 where it leaves in the dtype of x
+//   LAST     steps that the last tile of a path can have, a multiple of 4
+//   AHEAD    1 where the steps of the next tile are expanded beside what else a tile needs
+//   APART    1 where a block meets once a tile rather than twice: what its warps show each other has two places; backward only
+//   WORDS    1 where the rows of dt | B | C can be copied four bytes at a time
+//   BACKWARD 0 or 1;  ROWS_F32  1 where blocks of channels share the gradient of dt | B | C, to be summed
+//   SHARED_BYTES  what kernels/cuda.py asks for
+//
+// One block walks one path of some images, one after the other, for 32 * EACH * WARPS channels, in tiles of T steps. The maps of a tile,
+// its rows of dt | B | C and where its steps lie are brought to shared memory by the whole block, ahead of their use.
+// The low-rank step runs on tensor cores, dt as it comes, the weight as the sum of two 16-bit numbers: one product takes both.
+
+typedef unsigned int uint32;
+typedef unsigned short uint16;
+
+#ifndef EMULATED
+#define DEVICE __device__ __forceinline__
+#define SHARED(name)                          \
+    extern __shared__ float4 shared_memory[]; \
+    Shared &name = *(Shared *)shared_memory
+DEVICE float exp2_fast(float v) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
+    return y;
+}
+DEVICE float reciprocal(float v) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
+    return y;
+}
+DEVICE uint32 bits_of(float v) { return __float_as_uint(v); }
+DEVICE float from_bits(uint32 v) { return __uint_as_float(v); }
+// d[16 x 8] += a[16 x 8] b[8 x 8], tf32. Lane = 4 g + q holds a at (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4), b at (q, g), (q + 4, g)
+// and d at (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1).
+DEVICE void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(bits_of(a0)), "r"(bits_of(a1)), "r"(bits_of(a2)), "r"(bits_of(a3)), "r"(bits_of(b0)), "r"(bits_of(b1)));
+}
+// d[16 x 8] += a[16 x 16] b[16 x 8] of pairs in the maps' dtype; d as above. Lane = 4 g + q holds a from (g, 2 q), (g + 8, 2 q),
+// (g, 2 q + 8), (g + 8, 2 q + 8) to the right, b from (2 q, g), (2 q + 8, g) down.
+DEVICE void multiply_add(float (&d)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
+#if BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#endif
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Matrices of 8 x 8 16-bit numbers from shared memory: lane 8 i + j gives where row j of matrix i starts, a multiple of 16 bytes, and
+// lane 4 g + q gets the pair from (g, 2 q) to the right, or from (2 q, g) down if transposed.
+DEVICE void load_matrices(uint32 (&m)[2], const uint16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(m[0]), "=r"(m[1]) : "r"((uint32)__cvta_generic_to_shared(row)) : "memory");
+}
+DEVICE void load_matrices(uint32 (&m)[4], const uint16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"((uint32)__cvta_generic_to_shared(row)) : "memory");
+}
+DEVICE void load_transposed(uint32 (&m)[2], const uint16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(m[0]), "=r"(m[1]) : "r"((uint32)__cvta_generic_to_shared(row)) : "memory");
+}
+DEVICE void load_transposed(uint32 (&m)[4], const uint16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"((uint32)__cvta_generic_to_shared(row)) : "memory");
+}
+DEVICE float half_to_float(uint16 v) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v));
+    return y;
+}
+DEVICE uint16 float_to_half(float v) {
+    uint16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(v));
+    return y;
+}
+DEVICE uint16 float_to_bfloat(float v) {
+    uint16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(v));
+    return y;
+}
+DEVICE uint32 halves(float low, float high) {
+    uint32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+DEVICE uint32 bfloats(float low, float high) {
+    uint32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+// Sixteen bytes, or four, from global to shared memory while the thread goes on, or zeros; both addresses are multiples of that.
+DEVICE void copy_async(void *to, const void *from, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 16 : 0));
+}
+DEVICE void copy_word(void *to, const void *from, bool real) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 4 : 0));
+}
+DEVICE void store_if(uint32 condition, uint32 *to, uint32 v) {  // without a branch
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u32 [%0], %1; }" ::"l"(to), "r"(v), "r"(condition) : "memory");
+}
+DEVICE void store_if(uint32 condition, uint16 *to, uint16 v) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u16 [%0], %1; }" ::"l"(to), "h"(v), "r"(condition) : "memory");
+}
+DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE float exchange(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
+DEVICE uint32 ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
+DEVICE uint32 warp_max(uint32 v) { return __reduce_max_sync(0xffffffffu, v); }
+#endif
+
+constexpr int T = 16;                              // steps of a tile; kernels/launch.py's STEPS
+constexpr int THREADS = 32 * WARPS;
+constexpr int SPAN = 32 * EACH;                    // channels of a warp
+constexpr int WIDTH = SPAN * WARPS;                // and of a block
+constexpr int CHUNKS = WIDTH / 8;                  // eight channels each
+constexpr int RANK8 = (RANK + 7) / 8 * 8;          // ranks, padded to what a product takes
+constexpr int FIELDS = RANK + 2;                   // a position's dt | B | C
+constexpr int ROW = (((FIELDS > RANK8 ? FIELDS : RANK8) + 7) / 8 | 1) * 8;  // 16-bit row in shared memory: no two of a matrix share a bank
+constexpr int ROW_TILES = BACKWARD && AHEAD ? 4 : 2;  // whose rows lie in shared memory
+constexpr int PLACES = 4 * (1 + APART);  // tiles whose places lie in shared memory
+constexpr int WEIGHT_ROW = (RANK8 / 8 | 1) * 8;  // likewise
+constexpr int STEP_ROW = BACKWARD && RANK8 > SPAN ? (RANK8 + 15) / 16 * 16 + 8 : SPAN + 8;  // of full steps, and of a gradient of dt
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+DEVICE uint16 to_map(float v) { return BF16 ? float_to_bfloat(v) : float_to_half(v); }
+DEVICE uint32 to_maps(float low, float high) { return BF16 ? bfloats(low, high) : halves(low, high); }
+DEVICE float to_float(uint16 v) { return BF16 ? from_bits((uint32)v << 16) : half_to_float(v); }
+DEVICE float2 to_floats(uint32 v) {
+    if (BF16) return {from_bits(v << 16), from_bits(v & 0xffff0000u)};
+    return {half_to_float((uint16)v), half_to_float((uint16)(v >> 16))};
+}
+DEVICE void block_barrier() {
+    if (WARPS == 1) __syncwarp();
+    else __syncthreads();
+}
+
+struct alignas(16) Rows {  // dt | B | C of a tile
+    uint16 row[T][ROW];
+};
+
+struct Places {           // where the steps of a tile lie
+    int4 positions[T / 4];  // 0 where there is none
+    uint32 inside;        // bit t: step t lies on the map
+
+    DEVICE int position(int t) const { return ((const int *)positions)[t]; }
+};
+
+struct Map {
+    int height, width;
+    int kind, flip, length;
+    uint32 per_column;  // 2^32 / height, rounded up
+};
+
+DEVICE Map map_of(int k, int height, int width) {
+    constexpr int codes[] = {PATHS};
+    int code = codes[0];
+#pragma unroll
+    for (int i = 1; i < PATH_COUNT; i++) code = i == k ? codes[i] : code;
+    Map map = {height, width, code / 2, code % 2, height * width, 0xffffffffu / (uint32)height + 1};
+    if (WINDOWS && map.kind >= 2) {
+        const int w = map.kind - 1;
+        map.length = ((height + w - 1) / w) * ((width + w - 1) / w) * w * w;
+    }
+    return map;
+}
+
+// The first warp calls this; a tile before the first or after the last has no steps.
+DEVICE void write_places(Places &places, const Map &map, int tile, int lane) {
+    const int step = tile * T + lane % T;
+    bool inside = tile >= 0 && step < map.length;
+    const int p = inside ? (map.flip ? map.length - 1 - step : step) : 0;
+    int position = p;
+    if (map.kind == 1) {  // of a map of height 1, column order is row order, and kernels/launch.py says so
+        int column = (int)((unsigned long long)(uint32)p * map.per_column >> 32);  // or one more
+        column -= column * map.height > p;
+        position = (p - column * map.height) * map.width + column;
+    } else if (WINDOWS && map.kind >= 2) {
+        const int w = map.kind - 1;
+        const int across = (map.width + w - 1) / w;
+        const int window = p / (w * w), rest = p % (w * w);
+        const int row = window / across * w + rest / w, column = window % across * w + rest % w;
+        inside = inside && row < map.height && column < map.width;
+        position = row * map.width + column;
+    }
+    const uint32 mask = ballot(inside);
+    if (lane < T) ((int *)places.positions)[lane] = inside ? position : 0;
+    if (lane == 0) places.inside = mask & ((1u << T) - 1);
+}
+
+// Start copying a tile of a map, from the first channel of the block, as [T][WIDTH]; zeros off the map.
+DEVICE void copy_tile(uint16 *tile, const uint16 *map, int stride, int channels, const Places &places, int thread) {
+    constexpr bool columns = THREADS % CHUNKS == 0;  // every thread keeps to its channels
+#pragma unroll
+    for (int i = 0; i < T * EACH / 8; i++) {
+        const int t = columns ? thread / CHUNKS + i * (THREADS / CHUNKS) : (thread + i * THREADS) / CHUNKS;
+        const int first = (columns ? thread : thread + i * THREADS) % CHUNKS * 8;
+        const char *from = (const char *)(map + (first < channels ? first : 0)) + (long long)places.position(t) * (2 * stride);
+        copy_async(tile + t * WIDTH + first, from, first < channels && (places.inside >> t & 1));
+    }
+}
+
+constexpr int SHARE = THREADS / T;  // threads that take care of the row of one step
+
+// Start copying the rows of a tile, zeros off the map. Rows that start at odd numbers are copied at once, a number at a time.
+DEVICE void copy_rows(Rows &rows, const uint16 *projection, int stride, const Places &places, int thread) {
+    constexpr int each = WORDS ? 2 : 1, count = FIELDS / each;
+    const int t = thread / SHARE;
+    const bool real = places.inside >> t & 1;
+    const uint16 *from = (const uint16 *)((const char *)projection + (long long)places.position(t) * (2 * stride));
+#pragma unroll
+    for (int i = 0; i < (count + SHARE - 1) / SHARE; i++) {
+        const int at = thread % SHARE + i * SHARE;
+        if ((i + 1) * SHARE <= count || at < count) {
+            if (WORDS) copy_word(&rows.row[t][each * at], from + each * at, real);
+            else rows.row[t][at] = real ? from[at] : 0;
+        }
+    }
+}
+
+DEVICE void clear_rows(Rows (&rows)[ROW_TILES], int thread) {  // fields that only pad are never written again
+    for (int e = thread; e < ROW_TILES * T * ROW; e += THREADS) rows[e / (T * ROW)].row[0][e % (T * ROW)] = 0;
+}
+
+// The weight of the step for the channels of a warp, times log2(e), and the bias.
+struct alignas(16) Weight {
+    uint16 w[2][SPAN][WEIGHT_ROW];  // what a 16-bit number holds of it, and what of the rest
+    float bias[SPAN];
+};
+
+DEVICE void load_weight(Weight &weight, const float *w, const float *bias, int first_channel, int channels, int lane) {
+    for (int e = lane; e < SPAN * RANK8; e += 32) {
+        const int c = e / RANK8, r = e % RANK8;
+        const float v = first_channel + c < channels && r < RANK ? w[(long long)(first_channel + c) * RANK + r] * LOG2E : 0.f;
+        const uint16 high = to_map(v);
+        weight.w[0][c][r] = high;
+        weight.w[1][c][r] = to_map(v - to_float(high));
+    }
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const int c = first_channel + 32 * j + lane;
+        weight.bias[32 * j + lane] = HAS_BIAS && c < channels ? bias[c] * LOG2E : 0.f;
+    }
+}
+
+// log2(e) (dt[t] . weight + bias) for a whole tile as the products leave it, and B times ln(2) and C of step lane % T.
+struct Expanded {
+    float d[4 * EACH][4];
+    float2 bc;
+};
+
+DEVICE void expand(Expanded &out, const Rows &rows, const Weight &weight, int lane) {
+#pragma unroll
+    for (int j = 0; j < 4 * EACH; j++) {
+        const float2 bias = ((const float2 *)weight.bias)[4 * j + lane % 4];
+        out.d[j][0] = out.d[j][2] = bias.x;
+        out.d[j][1] = out.d[j][3] = bias.y;
+    }
+#pragma unroll
+    for (int i = 0; i < RANK8 / 8; i++) {
+        uint32 a[4];
+        load_matrices(a, &rows.row[lane % 16][8 * i]);  // twice
+#pragma unroll
+        for (int j = 0; j < 4 * EACH; j += 2) {
+            uint32 b[4];
+            load_matrices(b, &weight.w[lane / 8 % 2][8 * j + lane / 16 * 8 + lane % 8][8 * i]);
+            multiply_add(out.d[j], a[0], a[1], a[2], a[3], b[0], b[1]);
+            multiply_add(out.d[j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        }
+    }
+    const uint16 *last = &rows.row[lane % T][RANK];
+    out.bc = {to_float(last[0]) * LN2, to_float(last[1])};
+}
+
+// A warp's own tile: full steps times log2(e) [T][channel of the warp], B times ln(2) and C of two steps each.
+struct alignas(16) Own {
+    float steps[T * STEP_ROW];
+    float4 BC[T / 2];
+
+    DEVICE float B(int t) const { return t % 2 ? BC[t / 2].z : BC[t / 2].x; }
+    DEVICE float C(int t) const { return t % 2 ? BC[t / 2].w : BC[t / 2].y; }
+};
+
+DEVICE void write_own(Own &own, const Expanded &from, int lane) {  // the caller synchronises the warp
+#pragma unroll
+    for (int j = 0; j < 4 * EACH; j++) {
+        float2 *at = (float2 *)(own.steps + lane / 4 * STEP_ROW + 8 * j + lane % 4 * 2);
+        at[0] = {from.d[j][0], from.d[j][1]};
+        at[4 * STEP_ROW] = {from.d[j][2], from.d[j][3]};
+    }
+    ((float2 *)own.BC)[lane % T] = from.bc;
+}
+
+// log2(e) softplus(v / log2(e)) of v, and u = exp2(-|v|): a polynomial for log2(1 + u) / u on [0, 1].
+DEVICE float softplus(float v, float &u) {
+    u = exp2_fast(-fabsf(v));
+#if DEGREE == 8  // relative error 2e-7
+    float p = u * 0.00773979025f - 0.0433757082f;
+    p = p * u + 0.114267893f;
+    p = p * u - 0.198425353f;
+    p = p * u + 0.276328772f;
+    p = p * u - 0.358613074f;
+    p = p * u + 0.48072508f;
+    p = p * u - 0.721342444f;
+    p = p * u + 1.44269502f;
+#else
+    float p = u * -0.0344359055f + 0.146032885f;  // relative error 9e-6: a fiftieth of what rounding to float16 makes
+    p = p * u - 0.303036213f;
+    p = p * u + 0.469174057f;
+    p = p * u - 0.720426142f;
+    p = p * u + 1.44268286f;
+#endif
+    return p * u + fmaxf(v, 0.f);
+}
+
+struct Shared {
+    alignas(16) uint16 x[2][T * WIDTH];
+#if BACKWARD
+    uint16 dy[2][T * WIDTH];
+    float4 weight_gradients[WARPS][2][RANK8 / 8][32];
+    float sums[1 + APART][WARPS][2 * T];
+#endif
+    Own own[1 + APART][WARPS];
+    Weight weights[WARPS];
+    Rows rows[ROW_TILES];
+    Places places[PLACES];
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/cuda.py asks for too little shared memory");
+
+// What a thread reads and writes of its channels; `at` belongs to its first.
+DEVICE int first_of(int lane) { return EACH == 2 ? 2 * lane : lane; }
+constexpr int STRIDE = EACH == 2 ? 1 : 32;
+
+DEVICE void load_each(float (&v)[EACH], const float *at) {
+#if EACH == 2
+    const float2 pair = *(const float2 *)at;
+    v[0] = pair.x;
+    v[1] = pair.y;
+#else
+#pragma unroll
+    for (int j = 0; j < EACH; j++) v[j] = at[32 * j];
+#endif
+}
+DEVICE void load_each(float (&v)[EACH], const uint16 *at) {
+#if EACH == 2
+    const float2 pair = to_floats(*(const uint32 *)at);
+    v[0] = pair.x;
+    v[1] = pair.y;
+#else
+#pragma unroll
+    for (int j = 0; j < EACH; j++) v[j] = to_float(at[32 * j]);
+#endif
+}
+DEVICE void store_each(const uint32 (&stored)[EACH], uint32 bit, uint16 *to, const float (&v)[EACH]) {
+#if EACH == 2
+    store_if(stored[0] & bit, (uint32 *)to, SCALED ? halves(v[0], v[1]) : to_maps(v[0], v[1]));
+#else
+#pragma unroll
+    for (int j = 0; j < EACH; j++) store_if(stored[j] & bit, to + 32 * j, SCALED ? float_to_half(v[j]) : to_map(v[j]));
+#endif
+}
+
+// Write the first STEPS steps of a tile of y or dx; `left` channels from the first on are real.
+template <int STEPS>
+DEVICE void store_tile(uint16 *map, uint16 *scale, float (&v)[T][EACH], const Places &places, int channels, int left) {
+    uint32 stored[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) stored[j] = left > STRIDE * j ? places.inside : 0;
+    float times[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) times[j] = 1.f;
+    if (SCALED) {
+        uint32 power[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            float most[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+            for (int t = 0; t < STEPS; t++) most[t % 4] = fmaxf(most[t % 4], fabsf(v[t][j]));
+            power[j] = bits_of(fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]))) & 0x7f800000u;
+            times[j] = from_bits(0x7f000000u - power[j]);
+        }
+#if EACH == 2
+        store_if(left > 0, (uint32 *)scale, power[0] >> 16 | power[1]);
+#else
+#pragma unroll
+        for (int j = 0; j < EACH; j++) store_if(left > 32 * j, scale + 32 * j, (uint16)(power[j] >> 16));
+#endif
+    }
+#pragma unroll
+    for (int t = 0; t < STEPS; t++) {
+        // An address by one multiplication: an index would take three instructions.
+        uint16 *to = (uint16 *)((char *)map + (long long)places.position(t) * (2 * channels));
+#pragma unroll
+        for (int j = 0; j < EACH; j++) v[t][j] *= times[j];
+        store_each(stored, 1u << t, to, v[t]);
+    }
+}

@@ -1,0 +1,169 @@
+"""Time the variants of the CUDA C++ scan kernels: `python tools/tune_scan.py [--stages 1 2 3 4] [--out benchmarks/NAME.csv]`.
+
+The whole core (x projection, scan, merge) at VMamba-T's stages in bfloat16: forward for a variant of the forward, forward and
+backward for one of the backward beside today's forward. Every variant's result and gradients are compared with today's first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from benchmark_ops import SS2D_STAGES, CudaCase, graph_times, ss2d_case
+
+from visionssm.ops.kernels import cuda
+
+TODAY = cuda.variant
+Options = dict[str, int | bool]
+
+# By stage; "v2", degree 5 and short tiles where nothing else is said.
+FORWARD: dict[int, list[Options]] = {
+    1: [
+        {"channels": 96, "resident": 12, "degree": 8},
+        {"channels": 96, "resident": 12},
+        {"channels": 96, "resident": 12, "ahead": True},
+        {"channels": 32, "resident": 16},
+        {"channels": 32, "resident": 16, "ahead": True},
+        {"channels": 64, "resident": 12, "each": 2},
+        {"channels": 64, "resident": 12, "each": 2, "ahead": True},
+        {"channels": 96, "resident": 8, "each": 3},
+        {"channels": 96, "resident": 8, "each": 3, "ahead": True},
+    ],
+    2: [
+        {"channels": 96, "resident": 15},
+        {"channels": 96, "resident": 18, "images": 1},
+        {"channels": 96, "resident": 24},
+        {"channels": 64, "resident": 24},
+        {"channels": 64, "resident": 24, "ahead": True},
+        {"channels": 64, "resident": 12, "each": 2},
+        {"channels": 64, "resident": 12, "each": 2, "ahead": True},
+        {"channels": 192, "resident": 12, "each": 2},
+    ],
+    3: [
+        {"channels": 128, "resident": 16},
+        {"channels": 96, "resident": 24},
+        {"channels": 128, "resident": 24},
+        {"channels": 64, "resident": 12, "each": 2},
+        {"channels": 128, "resident": 12, "each": 2},
+        {"channels": 128, "resident": 12, "each": 2, "ahead": True},
+        {"channels": 128, "resident": 12, "each": 2, "short": False},
+        {"channels": 192, "resident": 12, "each": 2},
+    ],
+    4: [
+        {"channels": 96, "resident": 15},
+        {"channels": 128, "resident": 16},
+        {"channels": 64, "resident": 16},
+        {"channels": 64, "resident": 8, "each": 2},
+        {"channels": 128, "resident": 8, "each": 2},
+        {"channels": 128, "resident": 8, "each": 2, "ahead": True},
+        {"channels": 128, "resident": 8, "each": 2, "short": False},
+        {"channels": 192, "resident": 9, "each": 2},
+    ],
+}
+BACKWARD: dict[int, list[Options]] = {
+    1: [
+        {"channels": 96, "resident": 12, "degree": 8},
+        {"channels": 96, "resident": 12},
+        {"channels": 96, "resident": 15},
+        {"channels": 96, "resident": 12, "ahead": True},
+        {"channels": 96, "resident": 12, "apart": True},
+        {"channels": 96, "resident": 12, "ahead": True, "apart": True},
+        {"channels": 32, "resident": 12, "ahead": True},
+    ],
+    2: [
+        {"channels": 96, "resident": 12},
+        {"channels": 96, "resident": 15, "images": 1},
+        {"channels": 192, "resident": 18, "images": 1},
+        {"channels": 96, "resident": 12, "ahead": True, "apart": True},
+        {"channels": 192, "resident": 12, "apart": True},
+        {"channels": 192, "resident": 12, "ahead": True, "apart": True},
+        {"channels": 64, "resident": 12},
+    ],
+    3: [
+        {"channels": 128, "resident": 12},
+        {"channels": 128, "resident": 12, "short": False},
+        {"channels": 128, "resident": 16},
+        {"channels": 128, "resident": 12, "ahead": True, "apart": True},
+        {"channels": 192, "resident": 12, "apart": True},
+        {"channels": 64, "resident": 12},
+    ],
+    4: [
+        {"channels": 96, "resident": 9},
+        {"channels": 64, "resident": 8},
+        {"channels": 128, "resident": 8},
+        {"channels": 128, "resident": 8, "short": False},
+        {"channels": 128, "resident": 8, "ahead": True},
+        {"channels": 128, "resident": 8, "ahead": True, "apart": True},
+    ],
+}
+
+
+def serve(kernel: str, options: Options | None) -> None:
+    """Let a variant serve a kernel from now on, today's the other; None for today's both. Today's backward stops at 24 ranks."""
+    cuda.MAX_RANK["scan_backward"] = 64 if options and kernel == "scan_backward" else 24
+    chosen = options and cuda.Variant("v2", **{"degree": 5, "short": True, **options})
+    cuda.variant = lambda name, scan: chosen if chosen and name == kernel else TODAY(name, scan)
+
+
+def calls(case: CudaCase) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
+    """What is timed for a kernel: y alone, or y and every gradient."""
+    core = case.providers["csrc"]
+
+    @torch.no_grad()
+    def forward() -> tuple[torch.Tensor, ...]:
+        return (core(),)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        y = core()
+        return (y.detach(), *torch.autograd.grad(y, case.leaves, torch.ones_like(y)))
+
+    return {"scan_forward": forward, "scan_backward": both}
+
+
+def differ(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
+    """The largest difference of a result over the largest of its values."""
+    pairs = zip(actual, expected, strict=True)
+    return max(((a.float() - e.float()).abs().max() / e.float().abs().max()).item() for a, e in pairs)
+
+
+def rows(stage: int, case: CudaCase, times: Callable[[Callable[[], object]], list[float]]) -> list[dict[str, object]]:
+    """Median times of today's kernels and of every variant at a stage; one that fails says why in place of a time."""
+    found: list[dict[str, object]] = []
+    for (kernel, call), table in zip(calls(case).items(), (FORWARD, BACKWARD), strict=True):
+        serve(kernel, None)
+        expected = call()
+        for options in (None, *table[stage]):
+            serve(kernel, options)
+            row = {"stage": stage, "kernel": kernel, "variant": " ".join(f"{k}={v}" for k, v in (options or {}).items()) or "today"}
+            try:
+                row |= {"difference": f"{differ(call(), expected):.1e}", "ms": f"{statistics.median(times(call)):.4f}"}
+            except RuntimeError as error:
+                row |= {"difference": "", "ms": str(error).splitlines()[0][:120]}
+            print(*row.values(), flush=True)
+            found.append(row)
+    serve("", None)
+    return found
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", type=int, choices=FORWARD, default=list(FORWARD))
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/tune_scan.csv"))
+    arguments = parser.parse_args()
+    found = []
+    for stage in arguments.stages:
+        found += rows(stage, ss2d_case(arguments.batch, *SS2D_STAGES[stage - 1], torch.bfloat16), graph_times)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+
+
+if __name__ == "__main__":
+    main()
