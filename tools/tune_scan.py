@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,11 +19,11 @@ from visionssm.ops.kernels import cuda
 
 TODAY = cuda.variant
 Options = dict[str, int | bool]
+COLUMNS = ("stage", "kernel", "variant", "difference", "ms")
 
-# By stage; "v2", degree 5 and short tiles where nothing else is said.
+# By stage.
 FORWARD: dict[int, list[Options]] = {
     1: [
-        {"channels": 96, "resident": 12, "degree": 8},
         {"channels": 96, "resident": 12},
         {"channels": 96, "resident": 12, "ahead": True},
         {"channels": 32, "resident": 16},
@@ -50,7 +50,6 @@ FORWARD: dict[int, list[Options]] = {
         {"channels": 64, "resident": 12, "each": 2},
         {"channels": 128, "resident": 12, "each": 2},
         {"channels": 128, "resident": 12, "each": 2, "ahead": True},
-        {"channels": 128, "resident": 12, "each": 2, "short": False},
         {"channels": 192, "resident": 12, "each": 2},
     ],
     4: [
@@ -60,13 +59,11 @@ FORWARD: dict[int, list[Options]] = {
         {"channels": 64, "resident": 8, "each": 2},
         {"channels": 128, "resident": 8, "each": 2},
         {"channels": 128, "resident": 8, "each": 2, "ahead": True},
-        {"channels": 128, "resident": 8, "each": 2, "short": False},
         {"channels": 192, "resident": 9, "each": 2},
     ],
 }
 BACKWARD: dict[int, list[Options]] = {
     1: [
-        {"channels": 96, "resident": 12, "degree": 8},
         {"channels": 96, "resident": 12},
         {"channels": 96, "resident": 15},
         {"channels": 96, "resident": 12, "ahead": True},
@@ -85,7 +82,6 @@ BACKWARD: dict[int, list[Options]] = {
     ],
     3: [
         {"channels": 128, "resident": 12},
-        {"channels": 128, "resident": 12, "short": False},
         {"channels": 128, "resident": 16},
         {"channels": 128, "resident": 12, "ahead": True, "apart": True},
         {"channels": 192, "resident": 12, "apart": True},
@@ -95,7 +91,6 @@ BACKWARD: dict[int, list[Options]] = {
         {"channels": 96, "resident": 9},
         {"channels": 64, "resident": 8},
         {"channels": 128, "resident": 8},
-        {"channels": 128, "resident": 8, "short": False},
         {"channels": 128, "resident": 8, "ahead": True},
         {"channels": 128, "resident": 8, "ahead": True, "apart": True},
     ],
@@ -103,9 +98,8 @@ BACKWARD: dict[int, list[Options]] = {
 
 
 def serve(kernel: str, options: Options | None) -> None:
-    """Let a variant serve a kernel from now on, today's the other; None for today's both. Today's backward stops at 24 ranks."""
-    cuda.MAX_RANK["scan_backward"] = 64 if options and kernel == "scan_backward" else 24
-    chosen = options and cuda.Variant("v2", **{"degree": 5, "short": True, **options})
+    """Let a variant serve a kernel from now on, today's the other; None for today's both."""
+    chosen = options and cuda.Variant(**options)
     cuda.variant = lambda name, scan: chosen if chosen and name == kernel else TODAY(name, scan)
 
 
@@ -130,9 +124,8 @@ def differ(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...])
     return max(((a.float() - e.float()).abs().max() / e.float().abs().max()).item() for a, e in pairs)
 
 
-def rows(stage: int, case: CudaCase, times: Callable[[Callable[[], object]], list[float]]) -> list[dict[str, object]]:
+def rows(stage: int, case: CudaCase, times: Callable[[Callable[[], object]], list[float]]) -> Iterator[dict[str, object]]:
     """Median times of today's kernels and of every variant at a stage; one that fails says why in place of a time."""
-    found: list[dict[str, object]] = []
     for (kernel, call), table in zip(calls(case).items(), (FORWARD, BACKWARD), strict=True):
         serve(kernel, None)
         expected = call()
@@ -144,9 +137,8 @@ def rows(stage: int, case: CudaCase, times: Callable[[Callable[[], object]], lis
             except RuntimeError as error:
                 row |= {"difference": "", "ms": str(error).splitlines()[0][:120]}
             print(*row.values(), flush=True)
-            found.append(row)
+            yield row
     serve("", None)
-    return found
 
 
 def main() -> None:
@@ -156,13 +148,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/tune_scan.csv"))
     arguments = parser.parse_args()
-    found = []
-    for stage in arguments.stages:
-        found += rows(stage, ss2d_case(arguments.batch, *SS2D_STAGES[stage - 1], torch.bfloat16), graph_times)
     with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(found[0]))
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
+        for stage in arguments.stages:
+            for row in rows(stage, ss2d_case(arguments.batch, *SS2D_STAGES[stage - 1], torch.bfloat16), graph_times):
+                writer.writerow(row)
+                file.flush()
 
 
 if __name__ == "__main__":

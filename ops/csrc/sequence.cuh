@@ -1,5 +1,5 @@
-// What the scans over mamba's layout, maps (batch, dim, length) with N state variables, share. See device.cuh for the macros that both
-// sets of kernels take; these have moreover
+// What the scans over mamba's layout, maps (batch, dim, length) with N state variables, share. Beside those of device.cuh they take the
+// macros
 //   N   states of a channel;  STAGE  steps that are brought to shared memory at once;  HAS_Z  0 or 1
 //   CHANNELS, PARTS  channels of a block, and how many threads share the states of each: thread = part * CHANNELS + channel
 //   FULL     1 where the channels of a group are a multiple of those of a block

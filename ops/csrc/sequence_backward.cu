@@ -54,7 +54,7 @@ DEVICE void open_tile(float (&step)[T], float (&grad)[T], const uint16 *delta_ro
     for (int t = 0; t < T; t++) {
         float unused;
         step[t] = step[t] * LOG2E + bias;
-        if (SOFTPLUS) step[t] = softplus(step[t], unused);
+        if (SOFTPLUS) step[t] = softplus<8>(step[t], unused);
     }
     if (!HAS_Z) return;
     float z[T];

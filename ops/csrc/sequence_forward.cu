@@ -26,7 +26,7 @@ DEVICE void write_steps(
         const float2 parameters = shared.parameters[c];
         const float value = to_float((uint16)u[i]);
         float v = to_float((uint16)delta[i]) * LOG2E + parameters.x, unused;
-        if (SOFTPLUS) v = softplus(v, unused);
+        if (SOFTPLUS) v = softplus<8>(v, unused);
         v = inside ? v : 0.f;  // a step after the last changes no state
         shared.steps[t][c] = {v, v * value};
 #if !SUMMARY

@@ -11,7 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,20 +24,21 @@ from .reduce import merge_parts
 if TYPE_CHECKING:
     from .launch import _Scan
 
-MAX_RANK = {"scan_forward": 64, "scan_backward": 24}
-"""Largest rank of the step: beyond 24 the Triton backward was the faster one, beyond 64 the weight does not fit shared memory."""
+MAX_RANK = 64
+"""Largest rank of the step: beyond it the weight does not fit shared memory."""
 
+_SHARED = 227 * 1024  # of a Hopper multiprocessor; elsewhere fewer blocks run at once
 _LARGEST = 2**31  # strides travel as 32-bit integers; sums of them do not
 _SOURCES = Path(__file__).parent.parent / "csrc"
 
 
-def suits(kernel: str, scan: _Scan) -> bool:
-    """Whether a kernel, `scan_forward` or `scan_backward`, serves a scan."""
+def suits(scan: _Scan) -> bool:
+    """Whether the kernels serve a scan."""
     parameters = [t for t in (scan.A, scan.D, scan.weight, scan.bias) if t is not None]
     return (
         scan.n == 1
         and scan.weight is not None
-        and scan.rank <= MAX_RANK[kernel]
+        and scan.rank <= MAX_RANK
         and scan.x.dtype == scan.dt.dtype
         and scan.x.dtype in (torch.float16, torch.bfloat16)
         and scan.packed
@@ -90,42 +91,43 @@ def scan_backward(scan: _Scan, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]
 class Variant:
     """How a kernel is built and its work cut up."""
 
-    folder: str = ""
-    """Of csrc: "" or "v2", whose kernels take what follows; the others have one channel a thread."""
-    channels: int = 96
+    channels: int
     """Of a block, 32 * each * warps."""
-    resident: int = 12
+    resident: int
     """Warps on a multiprocessor: what registers and shared memory have room for."""
     each: int = 1
-    """Channels of a thread."""
+    """Channels of a thread; the backward has registers for one alone."""
     ahead: bool = False
     """Expand the steps of the next tile beside what else a tile needs."""
     apart: bool = False
     """Let a block meet once a tile rather than twice, for more shared memory; backward only."""
-    degree: int = 8
-    """Of the polynomial in softplus, 8 or 5."""
-    short: bool = False
-    """Walk the last tile of a path no further than its steps, to the next four."""
     images: int = 0
     """That a block walks one after the other; 0 for as many as let all blocks run at once."""
 
 
+# By the largest rank that each serves. The fastest of what tools/tune_scan.py timed on an H200 at VMamba-T's four stages.
+VARIANTS = {
+    "scan_forward": {
+        6: Variant(channels=96, resident=12),
+        12: Variant(channels=192, resident=12, each=2),
+        24: Variant(channels=128, resident=12, each=2),
+        64: Variant(channels=128, resident=8, each=2),
+    },
+    "scan_backward": {
+        6: Variant(channels=96, resident=15),
+        12: Variant(channels=192, resident=18, images=1),
+        24: Variant(channels=128, resident=16),
+        48: Variant(channels=128, resident=8),
+        64: Variant(channels=96, resident=9),  # not timed
+    },
+}
+
+
 def variant(kernel: str, scan: _Scan) -> Variant:
-    """The variant of a kernel, `scan_forward` or `scan_backward`, that serves a scan."""
-    return Variant("", channels_per_block(scan), _resident_warps(kernel, scan.rank))
-
-
-def channels_per_block(scan: _Scan) -> int:
-    """Threads of a block, a channel each: as few idle ones as can be, and no more than shared memory has room for."""
-    most = 128 if scan.rank <= 24 else 96 if scan.rank <= 48 else 64
-    return min((block for block in (128, 96, 64, 32) if block <= most), key=lambda block: -scan.channels % block)
-
-
-def _resident_warps(kernel: str, rank: int) -> int:
-    """Warps on a multiprocessor: what registers and shared memory have room for."""
-    if kernel == "scan_backward":
-        return 12
-    return 16 if rank <= 24 else 12 if rank <= 48 else 10
+    """The variant of a kernel, `scan_forward` or `scan_backward`, for a scan: in smaller blocks if that leaves fewer lanes idle."""
+    tuned = next(tuned for rank, tuned in VARIANTS[kernel].items() if scan.rank <= rank)
+    blocks = (tuned.channels, *range(tuned.channels - 32 * tuned.each, 0, -32 * tuned.each))
+    return replace(tuned, channels=min(blocks, key=lambda block: -scan.channels % block))
 
 
 class _Case:
@@ -138,7 +140,8 @@ class _Case:
         self.blocks = -(-scan.channels // self.variant.channels)
         batch = scan.x.shape[0]
         # All blocks run at once: the next image's reads then hide behind the last one's work.
-        self.resident = self.variant.resident * 32 // self.threads
+        self.shared_bytes = self._shared_bytes(kernel == "scan_backward")
+        self.resident = min(self.variant.resident * 32 // self.threads, _SHARED // (self.shared_bytes + 1024))
         per_block = self.variant.images or -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
         self.images = (batch, per_block)
         self.groups = -(-batch // per_block)
@@ -158,61 +161,47 @@ class _Case:
             "WARPS": self.threads // 32, "BLOCKS": self.resident, "BF16": scan.x.dtype == torch.bfloat16,
             "HAS_D": scan.D is not None, "HAS_BIAS": scan.bias is not None, "SOFTPLUS": scan.softplus,
             "SCALED": self.scaled, "BACKWARD": backward,
-            "ROWS_F32": self.blocks > 1, "SHARED_BYTES": self._shared_bytes(backward),
+            "ROWS_F32": self.blocks > 1, "SHARED_BYTES": self.shared_bytes,
+            "EACH": self.variant.each, "AHEAD": self.variant.ahead, "APART": self.variant.apart,
+            "LAST": self._last_steps(), "WORDS": scan.rank % 2 == 0 and _in_words(scan.dt),
         }  # fmt: skip
-        if self.variant.folder:
-            macros |= {
-                "EACH": self.variant.each,
-                "AHEAD": self.variant.ahead,
-                "APART": self.variant.apart,
-                "DEGREE": self.variant.degree,
-            }
-            macros |= {"LAST": self._last_steps(), "WORDS": scan.rank % 2 == 0 and _in_words(scan.dt)}
         options = tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in macros.items())
         device = scan.x.device
-        compiled = compile_kernel(f"{self.variant.folder}/{self.kernel}", options, device, macros["SHARED_BYTES"])
+        compiled = compile_kernel(self.kernel, options, device, self.shared_bytes)
         pointers = [scan.A if t is None else t for t in tensors]
         grid = (self.blocks * scan.k * self.groups, 1, 1)
         with torch.cuda.device(device if device.type == "cuda" else -1):
-            compiled(grid, (self.threads, 1, 1), [*pointers, *scan.size, scan.channels, *sizes], macros["SHARED_BYTES"])
+            compiled(grid, (self.threads, 1, 1), [*pointers, *scan.size, scan.channels, *sizes], self.shared_bytes)
 
     def _shared_bytes(self, backward: bool) -> int:
         """Size of csrc's `Shared`, which asserts it."""
-        ranks, warps = -(-self.scan.rank // 8) * 8, self.threads // 32
-        if self.variant.folder:
-            span = 32 * self.variant.each
-            row, weight_row = (8 * (-(-numbers // 8) | 1) for numbers in (max(self.scan.rank + 2, ranks), ranks))
-            step_row = -(-ranks // 16) * 16 + 8 if backward and ranks > span else span + 8
-            places = 2 if self.variant.apart else 1
-            own = 4 * STEPS * step_row + 8 * STEPS + (8 * STEPS if backward else 0)
-            warp = places * own + 4 * span * (weight_row + 1) + (128 * ranks if backward else 0)
-            maps = 2 * 2 * STEPS * self.variant.channels * (2 if backward else 1)
-            row_tiles = 4 if backward and self.variant.ahead else 2
-            return maps + warps * warp + row_tiles * 2 * STEPS * row + places * 4 * (4 * STEPS + 16)
-        step_row = next(row for row in (40, 56, 72) if ranks <= row)
-        warp = 4 * STEPS * step_row + 128 * ranks + 128 + (128 * ranks + 8 * STEPS if backward else 0)
-        maps = 2 * 2 * STEPS * self.threads * (2 if backward else 1)
-        return maps + warps * warp + 2 * (4 * STEPS * (ranks + 4) + 8 * STEPS) + 4 * (4 * STEPS + 16)
+        ranks, warps, span = -(-self.scan.rank // 8) * 8, self.threads // 32, 32 * self.variant.each
+        row, weight_row = (8 * (-(-numbers // 8) | 1) for numbers in (max(self.scan.rank + 2, ranks), ranks))
+        step_row = -(-ranks // 16) * 16 + 8 if backward and ranks > span else span + 8
+        places = 2 if self.variant.apart else 1
+        own = 4 * STEPS * step_row + 8 * STEPS + (8 * STEPS if backward else 0)
+        warp = places * own + 4 * span * (weight_row + 1) + (128 * ranks if backward else 0)
+        maps = 2 * 2 * STEPS * self.variant.channels * (2 if backward else 1)
+        row_tiles = 4 if backward and self.variant.ahead else 2
+        return maps + warps * warp + row_tiles * 2 * STEPS * row + places * 4 * (4 * STEPS + 16)
 
     def _last_steps(self) -> int:
         """Steps that the last tile of the longest path has, to the next four; all where walking fewer would gain little."""
         last = -(-((self.scan.length() - 1) % STEPS + 1) // 4) * 4
-        return last if self.variant.short and last <= STEPS // 2 else STEPS
+        return last if last <= STEPS // 2 else STEPS
 
 
 def source(kernel: str) -> str:
-    """The text of a kernel: `scan_forward`, `scan_backward`, or `sequence_...` of either; after its folder in csrc and a slash."""
-    folder, _, name = kernel.rpartition("/")
-    shared = ("device.cuh", "sequence.cuh") if name.startswith("sequence_") else ("device.cuh",)
-    names = (*shared, f"{name.removeprefix('scan_')}.cu")
-    return "".join((_SOURCES / folder / name).read_text() for name in names)
+    """The text of a kernel: `scan_forward`, `scan_backward`, or `sequence_...` of either."""
+    names = ("device.cuh", "map.cuh" if kernel.startswith("scan_") else "sequence.cuh", f"{kernel}.cu")
+    return "".join((_SOURCES / name).read_text() for name in names)
 
 
 @functools.cache
 def compile_kernel(kernel: str, options: tuple[str, ...], device: torch.device, shared_bytes: int) -> Callable[..., None]:
     """A function of grid, block, arguments (scalars are 32-bit integers) and shared memory; made once for each case and device."""
     with torch.cuda.device(device):
-        compiled = torch.cuda._compile_kernel(source(kernel), kernel.rpartition("/")[2], nvcc_options=list(options))
+        compiled = torch.cuda._compile_kernel(source(kernel), kernel, nvcc_options=list(options))
         if shared_bytes >= 48 * 1024:
             compiled.set_shared_memory_config(shared_bytes)
     return compiled

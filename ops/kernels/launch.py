@@ -44,7 +44,7 @@ def forward(
     """See library.py."""
     scan = _Scan.of_map(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
     batch, _, height, width, channels = x.shape
-    if scan.suits_cuda("scan_forward") and not return_last_state:
+    if scan.suits_cuda() and not return_last_state:
         states = scan.new_states()
         y = cuda.scan_forward(scan, states, merge).unflatten(2, (height, width))
         return (y.squeeze(1) if merge else y), states.new_empty(0), states
@@ -72,7 +72,7 @@ def backward(
     """See library.py."""
     scan = _Scan.of_map(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
     batch, xs, height, width, channels = x.shape
-    if scan.suits_cuda("scan_backward"):
+    if scan.suits_cuda():
         dx, rows, dA, *gradients = cuda.scan_backward(scan, _flat(dy.unsqueeze(1) if merge else dy), states)
         gradients = (x.new_empty(0) if t is None else g for t, g in zip((D, dt_weight, dt_bias), gradients, strict=True))
         return dx.view(x.shape), rows.view(x_dbl.shape), dA.view(A.shape), *gradients
@@ -229,11 +229,11 @@ class _Scan:
         padding = triton.cdiv(self.channels, 64) * 64 - self.channels
         return 32 if backward or 4 * padding >= self.channels else 64
 
-    def suits_cuda(self, kernel: str) -> bool:
-        """Whether a CUDA C++ kernel serves this scan: it does not split a path."""
+    def suits_cuda(self) -> bool:
+        """Whether the CUDA C++ kernels serve this scan: they do not split a path."""
         programs = triton.cdiv(self.channels, 32) * self.k * self.x.shape[0]
         one_pass = self._splits(programs, triton.cdiv(self.length(), STEPS))[0] == 1
-        return one_pass and not _wide(self.x, self.dt) and cuda.suits(kernel, self)
+        return one_pass and not _wide(self.x, self.dt) and cuda.suits(self)
 
     def new_states(self) -> Tensor:
         """Room for the states before every tile."""

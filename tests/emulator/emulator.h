@@ -146,24 +146,24 @@ static uint32_t warp_max(uint32_t v) {
     __syncwarp();
     return most;
 }
-template <int N>
-static void matrices(uint32_t (&m)[N], const uint16_t *row, bool transposed) {
+template <int COUNT>
+static void matrices(uint32_t (&m)[COUNT], const uint16_t *row, bool transposed) {
     static const uint16_t *rows[32][32];
     const uint16_t **own = rows[threadIdx.x / 32];
     if ((uintptr_t)row % 16) std::abort();
     own[threadIdx.x % 32] = row;
     __syncwarp();
     const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < COUNT; i++) {
         const uint16_t **r = own + 8 * i;
         m[i] = transposed ? pair_of(r[2 * q][g], r[2 * q + 1][g]) : pair_of(r[g][2 * q], r[g][2 * q + 1]);
     }
     __syncwarp();
 }
-template <int N>
-static void load_matrices(uint32_t (&m)[N], const uint16_t *row) { matrices(m, row, false); }
-template <int N>
-static void load_transposed(uint32_t (&m)[N], const uint16_t *row) { matrices(m, row, true); }
+template <int COUNT>
+static void load_matrices(uint32_t (&m)[COUNT], const uint16_t *row) { matrices(m, row, false); }
+template <int COUNT>
+static void load_transposed(uint32_t (&m)[COUNT], const uint16_t *row) { matrices(m, row, true); }
 static float element(float pairs, int i) {
     const uint16_t v = (uint16_t)(bits_of(pairs) >> 16 * i);
     return BF16 ? from_bits((uint32_t)v << 16) : half_to_float(v);

@@ -1,4 +1,4 @@
-// g++ -std=c++17 -shared -fPIC -DKERNEL=scan_forward -DSOURCE='"forward.cu"' -DPATHS=0,2 ... -I ops/csrc main.cc
+// g++ -std=c++17 -shared -fPIC -DKERNEL=scan_forward -DSOURCE='"scan_forward.cu"' -DPATHS=0,2 ... -I ops/csrc main.cc
 #include "emulator.h"
 #include <functional>
 #include <utility>

@@ -7,17 +7,17 @@ from visionssm.ops import CROSS
 
 FORWARD = {
     "one": {"channels": 96},
-    "one ahead": {"channels": 96, "ahead": True, "degree": 5, "short": True},
-    "one, a warp": {"channels": 32, "ahead": True, "degree": 5},
-    "two": {"channels": 64, "each": 2, "degree": 5, "short": True},
+    "one ahead": {"channels": 96, "ahead": True},
+    "one, a warp": {"channels": 32, "ahead": True},
+    "two": {"channels": 64, "each": 2},
     "two ahead": {"channels": 128, "each": 2, "ahead": True},
     "three ahead": {"channels": 96, "each": 3, "ahead": True},
 }
 BACKWARD = {
     "three warps": {"channels": 96},
-    "three warps ahead, short": {"channels": 96, "ahead": True, "degree": 5, "short": True},
+    "three warps ahead": {"channels": 96, "ahead": True},
     "two warps apart": {"channels": 64, "apart": True},
-    "four warps ahead and apart, short": {"channels": 128, "ahead": True, "apart": True, "degree": 5, "short": True},
+    "four warps ahead and apart": {"channels": 128, "ahead": True, "apart": True},
     "a warp": {"channels": 32, "images": 2},
 }
 CASES = [
@@ -31,12 +31,13 @@ CASES = [
 
 
 def serve(monkeypatch, kernel, options):
-    """Let a variant of csrc/v2 serve a kernel."""
+    """Let a variant serve a kernel."""
     from visionssm.ops.kernels import cuda
 
     default = cuda.variant
-    monkeypatch.setattr(cuda, "variant", lambda k, scan: cuda.Variant("v2", **options) if k == kernel else default(k, scan))
-    monkeypatch.setitem(cuda.MAX_RANK, kernel, 64)
+    monkeypatch.setattr(
+        cuda, "variant", lambda k, scan: cuda.Variant(**{"resident": 12, **options}) if k == kernel else default(k, scan)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -45,7 +46,7 @@ def test_forward(kernels, monkeypatch, name, case):  # noqa: F811
     serve(monkeypatch, "scan_forward", FORWARD[name])
     for merge in (True, False):
         check(*case, merge)
-    assert kernels.count("v2/scan_forward") == 2
+    assert kernels.count("scan_forward") == 2
 
 
 @pytest.mark.parametrize("case", [*CASES, ((3, 5), CROSS, {"dtype": F16, "rank": 3})], ids=str)
@@ -54,4 +55,4 @@ def test_backward(kernels, monkeypatch, name, case):  # noqa: F811
     serve(monkeypatch, "scan_backward", BACKWARD[name])
     for merge in (True, False):
         check(*case, merge)
-    assert kernels.count("v2/scan_backward") == 2
+    assert kernels.count("scan_backward") == 2

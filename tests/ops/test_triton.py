@@ -1,6 +1,7 @@
 """Choosing the Triton backend, and its kernels under Triton's interpreter in a pytest process of their own."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -94,17 +95,17 @@ def test_the_interpreter_takes_cpu_tensors_only(monkeypatch):
 
 
 def test_shared_memory_is_what_the_kernels_ask_for():
-    """cuda.py states the size of csrc's `Shared`, which asserts it when compiled; a Hopper multiprocessor has 227 KiB."""
+    """cuda.py states the size of csrc's `Shared`, which asserts it when compiled; a block of the smallest GPUs may have 99 KiB."""
     from types import SimpleNamespace
 
     pytest.importorskip("triton")
     from visionssm.ops.kernels import cuda
 
-    for kernel, most in cuda.MAX_RANK.items():
-        for rank in {1, 6, 12, 24, 25, 48, 49, most} & set(range(most + 1)):
-            scan = SimpleNamespace(rank=rank, channels=768, k=4, x=torch.empty(2, 1, 9, 768))
-            case = cuda._Case(kernel, scan, scaled=True)
-            assert case.resident * (case._shared_bytes(kernel == "scan_backward") + 1024) <= 227 * 1024, (kernel, rank)
+    for kernel, rank, channels in itertools.product(cuda.VARIANTS, range(1, cuda.MAX_RANK + 1), (8, 64, 96, 128, 160, 768)):
+        scan = SimpleNamespace(rank=rank, channels=channels, k=4, x=torch.empty(2, 1, 9, channels))
+        case = cuda._Case(kernel, scan, scaled=True)
+        assert case.resident >= 1
+        assert case.shared_bytes <= 99 * 1024, (kernel, rank, case.variant)
 
 
 def test_shared_memory_of_a_sequence():

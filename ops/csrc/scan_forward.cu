@@ -13,7 +13,7 @@ DEVICE void walk(
         load_each(value, values + t * WIDTH);
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            if (SOFTPLUS) delta[j] = softplus(delta[j], u);
+            if (SOFTPLUS) delta[j] = softplus<5>(delta[j], u);
             h[j] = exp2_fast(delta[j] * decay[j]) * h[j] + delta[j] * value[j] * own.B(t);
             out[t][j] = h[j] * own.C(t) + skip[j] * value[j];
         }

@@ -1,11 +1,8 @@
-// What the scan kernels share: number formats, tensor-core products, where a path goes, how a tile gets into shared memory.
-//
-// Compiled at run time by NVRTC, without any header, with these macros set by kernels/cuda.py:
+// What the scans over maps share: where a path goes, how a tile gets into shared memory, the low-rank step. Beside those of device.cuh they
+// take the macros
 //   PATHS    the codes of the K paths, `2 * kind + flip`: kind 0 is h, 1 is v, K + 1 is wK;  PATH_COUNT  K;  WINDOWS  1 if one is wK
-//   RANK     R of the low-rank step;  WARPS  warps of a block;  BLOCKS  blocks of a multiprocessor
+//   RANK     R of the low-rank step
 //   EACH     channels of a thread: 2 are neighbours, 1 or 3 lie 32 apart
-//   BF16     1 for bfloat16 maps, 0 for float16
-//   HAS_D, HAS_BIAS, SOFTPLUS  0 or 1;  DEGREE  of the polynomial in softplus
 //   SCALED   1 where y or dx leaves as parts to be summed over the paths: float16 numbers below 2, and a power of two for each tile and
 //            channel, which is half of float32's traffic with no range lost; 0 where it leaves in the dtype of x
 //   LAST     steps that the last tile of a path can have, a multiple of 4
@@ -13,114 +10,11 @@
 //   APART    1 where a block meets once a tile rather than twice: what its warps show each other has two places; backward only
 //   WORDS    1 where the rows of dt | B | C can be copied four bytes at a time
 //   BACKWARD 0 or 1;  ROWS_F32  1 where blocks of channels share the gradient of dt | B | C, to be summed
-//   SHARED_BYTES  what kernels/cuda.py asks for
 //
 // One block walks one path of some images, one after the other, for 32 * EACH * WARPS channels, in tiles of T steps. The maps of a tile,
 // its rows of dt | B | C and where its steps lie are brought to shared memory by the whole block, ahead of their use.
 // The low-rank step runs on tensor cores, dt as it comes, the weight as the sum of two 16-bit numbers: one product takes both.
 
-typedef unsigned int uint32;
-typedef unsigned short uint16;
-
-#ifndef EMULATED
-#define DEVICE __device__ __forceinline__
-#define SHARED(name)                          \
-    extern __shared__ float4 shared_memory[]; \
-    Shared &name = *(Shared *)shared_memory
-DEVICE float exp2_fast(float v) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
-    return y;
-}
-DEVICE float reciprocal(float v) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(v));
-    return y;
-}
-DEVICE uint32 bits_of(float v) { return __float_as_uint(v); }
-DEVICE float from_bits(uint32 v) { return __uint_as_float(v); }
-// d[16 x 8] += a[16 x 8] b[8 x 8], tf32. Lane = 4 g + q holds a at (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4), b at (q, g), (q + 4, g)
-// and d at (g, 2 q), (g, 2 q + 1), (g + 8, 2 q), (g + 8, 2 q + 1).
-DEVICE void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(bits_of(a0)), "r"(bits_of(a1)), "r"(bits_of(a2)), "r"(bits_of(a3)), "r"(bits_of(b0)), "r"(bits_of(b1)));
-}
-// d[16 x 8] += a[16 x 16] b[16 x 8] of pairs in the maps' dtype; d as above. Lane = 4 g + q holds a from (g, 2 q), (g + 8, 2 q),
-// (g, 2 q + 8), (g + 8, 2 q + 8) to the right, b from (2 q, g), (2 q + 8, g) down.
-DEVICE void multiply_add(float (&d)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
-#if BF16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#endif
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-// Matrices of 8 x 8 16-bit numbers from shared memory: lane 8 i + j gives where row j of matrix i starts, a multiple of 16 bytes, and
-// lane 4 g + q gets the pair from (g, 2 q) to the right, or from (2 q, g) down if transposed.
-DEVICE void load_matrices(uint32 (&m)[2], const uint16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(m[0]), "=r"(m[1]) : "r"((uint32)__cvta_generic_to_shared(row)) : "memory");
-}
-DEVICE void load_matrices(uint32 (&m)[4], const uint16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"((uint32)__cvta_generic_to_shared(row)) : "memory");
-}
-DEVICE void load_transposed(uint32 (&m)[2], const uint16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(m[0]), "=r"(m[1]) : "r"((uint32)__cvta_generic_to_shared(row)) : "memory");
-}
-DEVICE void load_transposed(uint32 (&m)[4], const uint16 *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"((uint32)__cvta_generic_to_shared(row)) : "memory");
-}
-DEVICE float half_to_float(uint16 v) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v));
-    return y;
-}
-DEVICE uint16 float_to_half(float v) {
-    uint16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(v));
-    return y;
-}
-DEVICE uint16 float_to_bfloat(float v) {
-    uint16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(v));
-    return y;
-}
-DEVICE uint32 halves(float low, float high) {
-    uint32 y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-DEVICE uint32 bfloats(float low, float high) {
-    uint32 y;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-}
-// Sixteen bytes, or four, from global to shared memory while the thread goes on, or zeros; both addresses are multiples of that.
-DEVICE void copy_async(void *to, const void *from, bool real) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 16 : 0));
-}
-DEVICE void copy_word(void *to, const void *from, bool real) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 4 : 0));
-}
-DEVICE void store_if(uint32 condition, uint32 *to, uint32 v) {  // without a branch
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u32 [%0], %1; }" ::"l"(to), "r"(v), "r"(condition) : "memory");
-}
-DEVICE void store_if(uint32 condition, uint16 *to, uint16 v) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u16 [%0], %1; }" ::"l"(to), "h"(v), "r"(condition) : "memory");
-}
-DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-DEVICE float exchange(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
-DEVICE uint32 ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
-DEVICE uint32 warp_max(uint32 v) { return __reduce_max_sync(0xffffffffu, v); }
-#endif
-
-constexpr int T = 16;                              // steps of a tile; kernels/launch.py's STEPS
-constexpr int THREADS = 32 * WARPS;
 constexpr int SPAN = 32 * EACH;                    // channels of a warp
 constexpr int WIDTH = SPAN * WARPS;                // and of a block
 constexpr int CHUNKS = WIDTH / 8;                  // eight channels each
@@ -131,16 +25,7 @@ constexpr int ROW_TILES = BACKWARD && AHEAD ? 4 : 2;  // whose rows lie in share
 constexpr int PLACES = 4 * (1 + APART);  // tiles whose places lie in shared memory
 constexpr int WEIGHT_ROW = (RANK8 / 8 | 1) * 8;  // likewise
 constexpr int STEP_ROW = BACKWARD && RANK8 > SPAN ? (RANK8 + 15) / 16 * 16 + 8 : SPAN + 8;  // of full steps, and of a gradient of dt
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
 
-DEVICE uint16 to_map(float v) { return BF16 ? float_to_bfloat(v) : float_to_half(v); }
-DEVICE uint32 to_maps(float low, float high) { return BF16 ? bfloats(low, high) : halves(low, high); }
-DEVICE float to_float(uint16 v) { return BF16 ? from_bits((uint32)v << 16) : half_to_float(v); }
-DEVICE float2 to_floats(uint32 v) {
-    if (BF16) return {from_bits(v << 16), from_bits(v & 0xffff0000u)};
-    return {half_to_float((uint16)v), half_to_float((uint16)(v >> 16))};
-}
 DEVICE void block_barrier() {
     if (WARPS == 1) __syncwarp();
     else __syncthreads();
@@ -300,28 +185,6 @@ DEVICE void write_own(Own &own, const Expanded &from, int lane) {  // the caller
         at[4 * STEP_ROW] = {from.d[j][2], from.d[j][3]};
     }
     ((float2 *)own.BC)[lane % T] = from.bc;
-}
-
-// log2(e) softplus(v / log2(e)) of v, and u = exp2(-|v|): a polynomial for log2(1 + u) / u on [0, 1].
-DEVICE float softplus(float v, float &u) {
-    u = exp2_fast(-fabsf(v));
-#if DEGREE == 8  // relative error 2e-7
-    float p = u * 0.00773979025f - 0.0433757082f;
-    p = p * u + 0.114267893f;
-    p = p * u - 0.198425353f;
-    p = p * u + 0.276328772f;
-    p = p * u - 0.358613074f;
-    p = p * u + 0.48072508f;
-    p = p * u - 0.721342444f;
-    p = p * u + 1.44269502f;
-#else
-    float p = u * -0.0344359055f + 0.146032885f;  // relative error 9e-6: a fiftieth of what rounding to float16 makes
-    p = p * u - 0.303036213f;
-    p = p * u + 0.469174057f;
-    p = p * u - 0.720426142f;
-    p = p * u + 1.44268286f;
-#endif
-    return p * u + fmaxf(v, 0.f);
 }
 
 struct Shared {

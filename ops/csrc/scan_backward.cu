@@ -5,36 +5,6 @@
 // low-rank step. Sums over the channels (the gradient of dt | B | C) are complete where one block has them all, else the launcher adds up
 // the blocks' in a fixed order; so it does with the blocks' sums over positions (dA, dD, dt_weight, dbias).
 
-// Sums over the 32 channels of a warp, of b[t] and c[t] for the T steps, by tensor cores: a product with a column of ones for each step
-// adds up four lanes, and three exchanges add up the eight groups of lanes. Ends in out[0..T-1] (b) and out[T..2T-1] (c).
-struct ChannelSums {
-    float d[2][4];  // for each half of the tile: b of steps 2 q and 2 q + 1, then c
-
-    DEVICE void clear() {
-#pragma unroll
-        for (int i = 0; i < 8; i++) d[i / 4][i % 4] = 0.f;
-    }
-    DEVICE void add(int t, float b, float c, float b_before, float c_before, int lane) {  // steps t and t - 1
-        const int g = lane / 4;
-        multiply_add(d[t / 8], b, c, b_before, c_before, g == t % 8 ? 1.f : 0.f, g == (t - 1) % 8 ? 1.f : 0.f);
-    }
-    DEVICE void write(float *out, int lane) {
-        const int g = lane / 4, q = lane % 4;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float *v = d[half];
-            const bool upper = g & 4, odd = g & 2;
-            float first = upper ? v[2] : v[0], second = upper ? v[3] : v[1];
-            first += exchange(upper ? v[0] : v[2], 16);
-            second += exchange(upper ? v[1] : v[3], 16);
-            float sum = odd ? second : first;
-            sum += exchange(odd ? first : second, 8);
-            sum += exchange(sum, 4);
-            if (!(g & 1)) out[(upper ? T : 0) + 8 * half + 2 * q + (odd ? 1 : 0)] = sum;
-        }
-    }
-};
-
 #if ROWS_F32
 typedef float Row;
 DEVICE Row to_row(float v) { return v; }
@@ -152,7 +122,7 @@ DEVICE void walk(
     for (int t = 0; t < STEPS; t++) {
         const float v = steps[t * STEP_ROW];
         float u;
-        delta[t] = SOFTPLUS ? softplus(v, u) : v;
+        delta[t] = SOFTPLUS ? softplus<5>(v, u) : v;
         slope[t] = SOFTPLUS ? reciprocal(1.f + u) * (v > 0.f ? 1.f : u) : 1.f;
         a[t][0] = exp2_fast(delta[t] * decay);
         h = a[t][0] * h + delta[t] * to_float(values[t * WIDTH]) * own.B(t);
