@@ -2,7 +2,8 @@
 
 Copies `<model>.cifar10.safetensors` to visionssm/weights/files/ and the tables, put together, to benchmarks/, enters each file in
 visionssm/weights/checkpoints.json with its hash and its measured accuracy, and writes the model cards. Of a model in several
-folders, and of a config in several tables, the last counts. Run again with other files, it replaces what it has written.
+folders, and of a config in several tables, the last counts; runs that were cut short do not. Run again with other files, it
+replaces what it has written.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def main() -> None:
     shipped: dict[str, tuple[Path, dict[str, str]]] = {}
     for folder in parser.parse_args().folders:
         table, rows = read_table(folder)
-        runs |= {(row["config"], row["seed"]): row for row in rows}
+        runs |= {(row["config"], row["seed"]): row for row in rows if row["status"] == "finished"}
         shipped |= weights(folder, rows)
     FILES.mkdir(exist_ok=True)
     entries = []
