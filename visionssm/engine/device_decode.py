@@ -73,12 +73,13 @@ class DrawnView:
         self.crop, self.flips, self.modes = crop, flips, modes
 
     def __call__(self, file: BinaryIO, name: str) -> EncodedImage | Image.Image:
-        """The file with its view drawn; decoded already if it is no JPEG in YCbCr, or has no end, which is left to Pillow."""
+        """The file with its view drawn; decoded already if it is no whole JPEG in YCbCr, which is left to Pillow."""
         data = file.read()
         image = Image.open(io.BytesIO(data))  # reads the header alone
         # Adobe's transform 0 is RGB without a conversion, which decoders take for YCbCr
         plain = image.format == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform") != 0
-        if not (plain and data.endswith(_END_OF_IMAGE)):
+        # nvJPEG decodes a file without quantization tables, to noise
+        if not (plain and image.quantization and data.endswith(_END_OF_IMAGE)):
             return image.convert("RGB")
         box = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         mode = self.modes[0] if len(self.modes) == 1 else random.choice(self.modes)
