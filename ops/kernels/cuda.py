@@ -108,14 +108,14 @@ class Variant:
 # By the largest rank that each serves. The fastest of what tools/tune_scan.py timed on an H200 at VMamba-T's four stages.
 VARIANTS = {
     "scan_forward": {
-        6: Variant(channels=96, resident=12),
+        6: Variant(channels=32, resident=16),
         12: Variant(channels=192, resident=12, each=2),
         24: Variant(channels=128, resident=12, each=2),
-        64: Variant(channels=128, resident=8, each=2),
+        64: Variant(channels=128, resident=16),
     },
     "scan_backward": {
-        6: Variant(channels=96, resident=15),
-        12: Variant(channels=192, resident=18, images=1),
+        6: Variant(channels=96, resident=12),
+        12: Variant(channels=192, resident=12, apart=True),
         24: Variant(channels=128, resident=16),
         48: Variant(channels=128, resident=8),
         64: Variant(channels=96, resident=9),  # not timed
