@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Both threads on one core make a CPU run a hundred times slower.
 export OMP_PROC_BIND ?= true
 
-.PHONY: help demo demo-detection demo-segmentation test test-openmmlab test-timm parity dev lint format bench clean
+.PHONY: help demo demo-detection demo-segmentation test test-openmmlab test-timm sanitize parity dev lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | column -t -s '|'
@@ -51,6 +51,10 @@ test: $(VENV)/.installed-dev  ## run the tests
 
 test-openmmlab: $(VENV)/.installed-openmmlab  ## run the tests that need mmdet and mmseg, compiling mmcv on the first call; none may skip
 	VISIONSSM_REQUIRE_OPENMMLAB=1 $(BIN)/python -m pytest tests/openmmlab
+
+sanitize: $(VENV)/.installed-dev  ## run the CUDA C++ kernels, emulated on the CPU, under AddressSanitizer
+	cd tests/ops && TRITON_INTERPRET=1 EMULATOR_FLAGS="-fsanitize=address -g" ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+	  LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ../../$(BIN)/python -m pytest -q -s -p no:cacheprovider test_csrc_kernels.py test_csrc_variants.py test_csrc_sequence.py
 
 parity: $(VENV)/.installed-dev  ## print how far every model is from the published one
 	$(BIN)/python -m pytest -q tests/models -k parity

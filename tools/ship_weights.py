@@ -1,9 +1,9 @@
 """Put our own weights into the package: `python tools/ship_weights.py FOLDER...`, folders that tools/benchmark_cifar10.py wrote.
 
-Copies `<model>.cifar10.safetensors` to visionssm/weights/files/ and the tables, put together, to benchmarks/, enters each file in
-visionssm/weights/checkpoints.json with its hash and its measured accuracy, and writes the model cards. Of a model in several
-folders, and of a config in several tables, the last counts; runs that were cut short do not. Run again with other files, it
-replaces what it has written.
+Copies `<model>.cifar10.safetensors` to visionssm/weights/files/ and the tables, put together, to benchmarks/ and
+docs/training.md, enters each file in visionssm/weights/checkpoints.json with its hash and its measured accuracy, and writes the
+model cards. Of a model in several folders, and of a config in several tables, the last counts; runs that were cut short do not.
+Run again with other files, it replaces what it has written.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from document_sections import replace_sections
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "visionssm" / "weights" / "checkpoints.json"
@@ -78,6 +80,16 @@ def weights(folder: Path, rows: list[dict[str, str]]) -> dict[str, tuple[Path, d
     return found
 
 
+def document(runs: list[dict[str, str]]) -> list[str]:
+    """The table for docs/training.md."""
+    lines = ["| config | parameters | epochs | accuracy, % | images/s | memory, MiB |", "|---|---:|---:|---:|---:|---:|"]
+    for run in runs:
+        cells = [run["epochs"], f"{float(run['accuracy']):.2f}", run["images_per_s"], run["peak_memory_mib"]]
+        lines.append(f"| `{run['config']}` | {int(run['parameters']):,} | {' | '.join(cells)} |")
+    used = runs[0]
+    return [*lines, "", f"Measured on an {used['device']}, torch {used['torch']}, {used['date']}: benchmarks/cifar10_h200.csv."]
+
+
 def main() -> None:
     """Copy, enter, write the cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,6 +113,7 @@ def main() -> None:
     replaced = {(row["model"], row["tag"]) for row in entries}
     content["checkpoints"] = [row for row in content["checkpoints"] if (row["model"], row["tag"]) not in replaced] + entries
     TABLE.write_text(json.dumps(content, indent=1) + "\n")
+    replace_sections(ROOT / "docs" / "training.md", {TAG: document(list(runs.values()))})
     subprocess.run([sys.executable, str(ROOT / "tools" / "make_model_cards.py")], check=True)
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -28,7 +29,7 @@ def compile_kernel(kernel, options, device, shared_bytes):
     source = library.with_suffix(".cu")
     source.write_text(cuda.source(kernel))
     command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", str(HERE / "main.cc"), "-o", str(library)]
-    command += [f"-I{HERE}", f"-DKERNEL={kernel}", f'-DSOURCE="{source}"', *options]
+    command += [*os.environ.get("EMULATOR_FLAGS", "").split(), f"-I{HERE}", f"-DKERNEL={kernel}", f'-DSOURCE="{source}"', *options]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     emulate = ctypes.CDLL(str(library)).emulate

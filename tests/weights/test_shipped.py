@@ -53,7 +53,7 @@ print(visionssm.__file__)
 def copied(tmp_path):
     """A copy of the repository's files that the command reads or writes, and how to run Python on it without a network."""
     copy = tmp_path / "copy"
-    for folder in ("visionssm", "ops", "configs", "tools", "benchmarks", "model_cards"):
+    for folder in ("visionssm", "ops", "configs", "tools", "benchmarks", "model_cards", "docs"):
         unwanted = shutil.ignore_patterns("__pycache__", "ops" if folder == "visionssm" else "", "configs")
         shutil.copytree(ROOT / folder, copy / folder, ignore=unwanted)
     for name in ("ops", "configs"):
