@@ -187,7 +187,10 @@ class Attention:
         operands, v = self._operands, v.to(self._operands.A.dtype)
         with recomputation(operands.A):
             if self._include == "mixer":
-                return sum(self.direction(k)._apply_mixer(v) for k in range(len(self.paths)))
+                return sum(
+                    factors.left.squeeze(1) * operands.scan(factors.right * factors.convolutions[0](v), skip=True, merge=True)
+                    for operands, factors in self._mixers()
+                )
             return operands.scan(operands.read(v), skip=self._include == "ssm+skip", merge=True)
 
     def magnitude(self) -> Attention:
@@ -236,11 +239,15 @@ class Attention:
             raise UserError(f"direction: {which!r} {what}: {', '.join(known)}{did_you_mean(str(which), known)}")
         return names.index(which)
 
-    def _apply_mixer(self, v: Tensor) -> Tensor:
-        """The map of the only path of a whole mixer, `(batch, L, E)` to the same."""
+    def _mixers(self) -> Iterator[tuple[ScanOperands, MixerFactors]]:
+        """The summands of a whole mixer: all paths at once where the same factors are around all, else each."""
         factors = self._factors()
-        (convolve,) = factors.convolutions
-        return factors.left.squeeze(1) * self._operands.scan(factors.right * convolve(v), skip=True, merge=True)
+        if factors.shared:
+            yield self._operands, factors
+            return
+        for k in range(len(self.paths)):
+            operands = self._operands.direction(k)
+            yield operands, factors.direction(k, operands)
 
     def _blocks(self, rows: Tensor | range, channels: Channels, block: int | None) -> Iterator[Tensor]:
         """Weights of rows, (rows, L), or the rows of these tokens, times the matrix, a few rows at a time."""
@@ -257,36 +264,36 @@ class Attention:
         """Weights of rows `(batch, R, L)` -> their product with the matrix, `(batch, R, [channels,] L)`."""
         batch, count, tokens = weights.shape
         cotangent = weights.reshape(batch * count, tokens, 1).expand(-1, -1, self.channels)
-        total = None
-        for paths in self._groups(cotangent.numel()):
-            with recomputation(self._operands.A):
-                part = self._pull_paths(paths, cotangent, channels)
-            total = part if total is None else total + part
-        total = total.squeeze(-1) if channels is None else total.mT
-        return total.unflatten(0, (batch, count))
-
-    def _groups(self, elements: int) -> Iterator[slice]:
-        """The paths that are pulled at once, for each path's steps are as large as a map of so many `elements`."""
-        at_once = 1 if self._include == "mixer" else max(1, _BLOCK_ELEMENTS // elements)
-        for first in range(0, len(self.paths), at_once):
-            yield slice(first, first + at_once)
-
-    def _pull_paths(self, paths: slice, cotangent: Tensor, channels: Tensor | None) -> Tensor:
-        """The transposed map of some of the paths: `(batch * count, L, E)` -> `(batch * count, L, channels or 1, their mean)`."""
 
         def chosen(maps: Tensor) -> Tensor:
             return maps.mean(-1, keepdim=True) if channels is None else maps.index_select(-1, channels)
 
-        if self._include == "mixer":
-            return chosen(self.direction(paths.start)._pull_mixer(cotangent))
-        operands = self._operands.some(paths)
-        return operands.put_back(chosen(operands.scan_transposed(cotangent, skip=self._include == "ssm+skip")))
+        with recomputation(self._operands.A):
+            if self._include == "mixer":
+                total = chosen(sum(self._pull_mixer(*mixer, cotangent) for mixer in self._mixers()))
+            else:
+                skip = self._include == "ssm+skip"
+                groups = self._groups(self._operands, cotangent)
+                total = sum(some.put_back(chosen(some.scan_transposed(cotangent, skip))) for some in groups)
+        total = total.squeeze(-1) if channels is None else total.mT
+        return total.unflatten(0, (batch, count))
 
-    def _pull_mixer(self, cotangent: Tensor) -> Tensor:
-        """The transposed map of the only path of a whole mixer, `(batch * count, L, E)` to the same."""
-        factors = self._factors().repeat(cotangent.shape[0] // self.batch)
+    @staticmethod
+    def _groups(operands: ScanOperands, cotangent: Tensor) -> Iterator[ScanOperands]:
+        """The paths that are pulled at once, for each path's steps are as large as the cotangent."""
+        at_once = max(1, _BLOCK_ELEMENTS // cotangent.numel())
+        for first in range(0, len(operands.paths.names), at_once):
+            yield operands.some(slice(first, first + at_once))
+
+    def _pull_mixer(self, operands: ScanOperands, factors: MixerFactors, cotangent: Tensor) -> Tensor:
+        """The transposed map of a summand of `_mixers`, `(batch * count, L, E)` to the same."""
+        factors = factors.repeat(cotangent.shape[0] // self.batch)
+        scaled = factors.left.squeeze(1) * cotangent
+        if len(operands.paths.names) == 1:  # in the layout of the scan, which need not be that of the map
+            steps = operands.scan_transposed(scaled, skip=True)
+        else:
+            steps = sum(some.put_back(some.scan_transposed(scaled, skip=True)) for some in self._groups(operands, scaled))
         (convolve,) = factors.convolutions
-        steps = self._operands.scan_transposed(factors.left.squeeze(1) * cotangent, skip=True)
         with torch.enable_grad():
             u = torch.zeros_like(cotangent, memory_format=torch.contiguous_format).requires_grad_()
             convolved = convolve(u)

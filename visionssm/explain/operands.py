@@ -197,6 +197,11 @@ class MixerFactors:
     left: Tensor
     convolutions: tuple[Callable[[Tensor], Tensor], ...]
 
+    @property
+    def shared(self) -> bool:
+        """Whether they are the same around all paths."""
+        return len(self.convolutions) == 1 and self.left.shape[1] == 1
+
     def direction(self, k: int, operands: ScanOperands) -> MixerFactors:
         """Path `k` alone, whose operands are given."""
         one = slice(k, k + 1)
