@@ -124,6 +124,12 @@ DEVICE float2 to_floats(uint32 v) {
     return {half_to_float((uint16)v), half_to_float((uint16)(v >> 16))};
 }
 
+// The power of two of a number that is not negative, in the bits of a float; at most 2^125, so that its inverse is a number as well.
+DEVICE uint32 power_of(float v) {
+    const uint32 power = bits_of(v) & 0x7f800000u;
+    return power < 0x7e000000u ? power : 0x7e000000u;
+}
+
 // log2(e) softplus(v / log2(e)) of v, and u = exp2(-|v|): a polynomial for log2(1 + u) / u on [0, 1]. Of degree 8 its relative error is 2e-7,
 // of degree 5 it is 9e-6, a fiftieth of what rounding to float16 makes.
 template <int DEGREE>

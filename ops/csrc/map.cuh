@@ -4,7 +4,7 @@
 //   RANK     R of the low-rank step
 //   EACH     channels of a thread: 2 are neighbours, 1 or 3 lie 32 apart
 //   SCALED   1 where y or dx leaves as parts to be summed over the paths: float16 numbers below 2, and a power of two for each tile and
-//            channel, which is half of float32's traffic with no range lost; 0 where it leaves in the dtype of x
+//            channel, which is half of float32's traffic; 0 where it leaves in the dtype of x
 //   LAST     steps that the last tile of a path can have, a multiple of 4
 //   AHEAD    1 where the steps of the next tile are expanded beside what else a tile needs
 //   APART    1 where a block meets once a tile rather than twice: what its warps show each other has two places; backward only
@@ -128,7 +128,7 @@ DEVICE void load_weight(Weight &weight, const float *w, const float *bias, int f
     for (int e = lane; e < SPAN * RANK8; e += 32) {
         const int c = e / RANK8, r = e % RANK8;
         const float v = first_channel + c < channels && r < RANK ? w[(long long)(first_channel + c) * RANK + r] * LOG2E : 0.f;
-        const uint16 high = to_map(v);
+        const uint16 high = to_map(BF16 ? v : fminf(fmaxf(v, -65504.f), 65504.f));  // the rest takes what float16 cannot
         weight.w[0][c][r] = high;
         weight.w[1][c][r] = to_map(v - to_float(high));
     }
@@ -250,7 +250,7 @@ DEVICE void store_tile(uint16 *map, uint16 *scale, float (&v)[T][EACH], const Pl
             float most[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
             for (int t = 0; t < STEPS; t++) most[t % 4] = fmaxf(most[t % 4], fabsf(v[t][j]));
-            power[j] = bits_of(fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]))) & 0x7f800000u;
+            power[j] = power_of(fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])));
             times[j] = from_bits(0x7f000000u - power[j]);
         }
 #if EACH == 2

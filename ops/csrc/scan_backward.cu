@@ -25,7 +25,7 @@ DEVICE void through_low_rank(float4 (&sum)[2][RANK8 / 8][32], float *steps, cons
         float most = 0.f;
 #pragma unroll
         for (int i = 0; i < 16; i++) most = fmaxf(most, fabsf(v[i / 8][i / 4 % 2][i % 4]));
-        const uint32 power = warp_max(bits_of(most)) & 0x7f800000u;
+        const uint32 power = power_of(from_bits(warp_max(bits_of(most))));
         up = from_bits(0x7f000000u - power);
         down = from_bits(power);
     }

@@ -28,7 +28,7 @@ MAX_RANK = 64
 """Largest rank of the step: beyond it the weight does not fit shared memory."""
 
 _SHARED = 227 * 1024  # of a Hopper multiprocessor; elsewhere fewer blocks run at once
-_LARGEST = 2**31  # strides travel as 32-bit integers; sums of them do not
+_LARGEST = 2**30  # strides travel as 32-bit integers, and are doubled there; sums of them do not
 _SOURCES = Path(__file__).parent.parent / "csrc"
 
 
@@ -44,6 +44,7 @@ def suits(scan: _Scan) -> bool:
         and scan.packed
         and _in_chunks(scan.x)
         and max(scan.dt.stride()) < _LARGEST
+        and scan.k * scan.x.shape[2] * scan.channels < _LARGEST  # an image of dy, unmerged
         and all(t.dtype == torch.float32 for t in parameters)
         and enabled(scan.x.device)
     )

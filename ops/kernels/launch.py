@@ -111,7 +111,7 @@ def sequence_forward(
         return y.mT, last_state, states
     u, delta, z = _channels_last(u, delta, z)
     scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    y = torch.empty_like(u)
+    y = u.new_empty(u.shape)  # not as u lies: library.py promises channels-last
     states, last_state = scan.forward(_grouped(y, scan.k), return_last_state)
     return y.mT, last_state.flatten(1, 2) if return_last_state else last_state, states
 
@@ -136,8 +136,7 @@ def sequence_backward(
         return du.mT, ddelta.mT, dA, dB, dC, dD, dz if z is None else dz.mT, dbias
     dy, u, delta, z = _channels_last(dy, u, delta, z)
     scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
-    dz = None if z is None else torch.empty_like(z)
+    du, ddelta, dz = (None if m is None else m.new_empty(m.shape) for m in (u, delta, z))
     blocks = triton.cdiv(scan.channels, scan.block(backward=True))
     dB, dC = (u.new_empty((blocks, *m.shape), dtype=torch.float32) for m in (B, C))
     maps = (None if m is None else _grouped(m, scan.k) for m in (dy, du, dz, ddelta))
@@ -285,7 +284,7 @@ class _Scan:
         states = self.new_states()
         last_state = x.new_empty((batch, k, n, channels) if return_last_state else (0,), dtype=torch.float32)
         arguments, programs = self._common(states.shape[2], self.block(backward=False))
-        arguments |= {"y_ptr": y, "WIDE": _wide(x, self.dt, y), **_strides("y", y)}
+        arguments |= {"y_ptr": y, "WIDE": _wide(x, self.dt, self.B, self.C, self.z, y), **_strides("y", y)}
         with _device(x):
             splits = arguments["splits"]
             if splits > 1:
@@ -318,7 +317,7 @@ class _Scan:
         arguments |= {
             "dy_ptr": dy, "states_ptr": states, "dx_ptr": dx, "dz_ptr": dz, "ddt_ptr": dv, "db_ptr": dB, "dc_ptr": dC,
             "dA_ptr": dA, "dD_ptr": dD, "dbias_ptr": dbias, "sums_part": sums.stride(0),
-            "WIDE": _wide(x, self.dt, dx, dv), **_strides("dy", dy), **_strides("dx", dx),
+            "WIDE": _wide(x, self.dt, self.B, self.C, self.z, dy, dx, dv), **_strides("dy", dy), **_strides("dx", dx),
             "db_block": dB.stride(0), **_strides("ddt", dv), **_strides("db", dB[0], last="n"),
         }  # fmt: skip
         with _device(x):
@@ -432,9 +431,10 @@ def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _wide(*maps: Tensor) -> bool:
+def _wide(*maps: Tensor | None) -> bool:
     """Whether an offset inside one image of one path can exceed 32 bits."""
-    return any((m.shape[-2] - 1) * m.stride(-2) + (m.shape[-1] - 1) * m.stride(-1) >= 2**31 for m in maps)
+    present = (m for m in maps if m is not None)
+    return any((m.shape[-2] - 1) * m.stride(-2) + (m.shape[-1] - 1) * m.stride(-1) >= 2**31 for m in present)
 
 
 def _device(t: Tensor) -> torch.cuda.device:

@@ -20,7 +20,8 @@ def sum_parts_kernel(parts_ptr, out_ptr, count, parts, inner, part_outer, BLOCK:
     total = tl.zeros([BLOCK], tl.float32)
     j = 0
     while j < parts:
-        total += tl.load(parts_ptr + source + j * inner, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(parts_ptr + source, mask=mask, other=0.0).to(tl.float32)
+        source += inner  # j * inner may exceed 32 bits
         j += 1
     tl.store(out_ptr + at, total, mask=mask)
 
@@ -49,7 +50,7 @@ def carry_kernel(
     state = tl.load(end_ptr + here * inner + nc[None, :], mask=real, other=0.0)
     _, state = tl.associative_scan((decay, state), 0, step)
     following = split - 1 if REVERSE else split + 1
-    into = carry_ptr + path[None, :] * stride_path + following * stride_split + nc[None, :]
+    into = carry_ptr + path[None, :] * stride_path + following.to(tl.int64) * stride_split + nc[None, :]
     tl.store(into, state, mask=mask[None, :] & (j + 1 < splits))
 
 

@@ -85,3 +85,35 @@ def check(size, paths, options, merge):
     assert actual.keys() == high.keys()
     for name in high:
         assert_within_budget(actual[name], low[name], high[name], name)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_an_infinity_spoils_no_more_than_it_reaches(kernels, dtype):
+    inputs = cross_selective_scan_inputs(1, (4, 5), 24, 1, ("h", "v"), 3, dtype=dtype, device=DEVICE)
+    for name in ("B", "C", "D"):  # no difference of two infinities
+        inputs[name] = inputs[name].abs()
+    inputs["x"][0, 2, 2, 0] = float("inf")
+    y = cross_selective_scan(**inputs, paths=("h", "v"), backend="triton")
+    expected = cross_selective_scan_ref(**to_float64(inputs), paths=ScanPaths(("h", "v"), (4, 5)))
+    assert kernels == ["scan_forward"]
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y.isposinf(), expected.isposinf())
+
+
+def test_values_up_to_the_largest_float(kernels):
+    inputs = cross_selective_scan_inputs(1, (4, 5), 24, 1, ("h", "v"), 3, dtype=BF16, device=DEVICE)
+    inputs["x"].fill_(1.5)
+    inputs["D"].copy_(torch.tensor([[1.2e38], [0.0]]))  # one path of 2^127.1
+    y = cross_selective_scan(**inputs, paths=("h", "v"), backend="triton")
+    assert kernels == ["scan_forward"]
+    torch.testing.assert_close(y, torch.full_like(y, 1.8e38))
+
+
+def test_float16_takes_weights_beyond_its_range(kernels):
+    inputs = cross_selective_scan_inputs(1, (4, 5), 24, 1, ("h", "v"), 3, dtype=F16, device=DEVICE)
+    inputs["dt"] *= 1e-4
+    inputs["dt_weight"].fill_(60000.0)
+    y = cross_selective_scan(**inputs, paths=("h", "v"), backend="triton")
+    expected = cross_selective_scan_ref(**to_float64(inputs), paths=ScanPaths(("h", "v"), (4, 5)))
+    assert kernels == ["scan_forward"]
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)

@@ -235,3 +235,36 @@ def test_no_second_derivative():
     (du,) = torch.autograd.grad(y.sum(), t["u"], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         du.sum().backward()
+
+
+def test_results_lie_as_the_operator_promises():
+    """Sequence-first tensors: what comes back is channels-last all the same, which compiled code relies on."""
+    inputs = selective_scan_inputs(2, 8, 5, 2, dtype=F32, device=DEVICE)
+    for name in ("u", "delta", "z"):
+        inputs[name] = inputs[name].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    y = selective_scan(**leaves, delta_softplus=True, backend="triton")
+    operator = torch.ops.visionssm.selective_scan_backward.default
+    strides = []
+    with torch.no_grad():
+        states = y.grad_fn.saved_tensors[-1]
+        arguments = [inputs[name].detach() for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+        arguments[3:5] = [m if m.dim() == 4 else m.unsqueeze(1) for m in arguments[3:5]]
+        strides = [g.stride() for g in operator(torch.ones_like(y), states, *arguments, True)]
+    channels_last = (40, 1, 8)
+    assert y.stride() == channels_last
+    assert [strides[i] for i in (0, 1, 6)] == 3 * [channels_last]
+
+
+def test_sums_of_parts_beyond_32_bits():
+    """The offset of a part, not that of an element, exceeds 32 bits; the memory in between is never touched."""
+    from visionssm.ops.kernels import reduce
+
+    if INTERPRETED:
+        pytest.skip("reserves 12 GiB")
+    parts = torch.empty(3, 2**30 + 8, dtype=torch.float32, device=DEVICE)
+    parts[:, -8:] = torch.arange(24.0, device=DEVICE).view(3, 8)
+    out = torch.empty(parts.shape[1], device=DEVICE)
+    count = out.numel()
+    reduce.sum_parts_kernel[(-(-count // 1024),)](parts, out, count, 3, count, 3 * count, BLOCK=1024, num_warps=4)
+    assert torch.equal(out[-8:], parts[:, -8:].sum(0))
