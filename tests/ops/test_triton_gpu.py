@@ -76,6 +76,18 @@ def test_sequence_of_a_batch_that_fills_the_device_and_of_one_that_does_not():
     torch.testing.assert_close(y[:1], selective_scan(**one, delta_softplus=True), rtol=1e-4, atol=1e-4)
 
 
+def test_sums_of_parts_beyond_32_bits():
+    """The offset of a part, not that of an element, exceeds 32 bits; the memory in between is never touched."""
+    from visionssm.ops.kernels import reduce
+
+    parts = torch.empty(3, 2**30 + 8, dtype=torch.float32, device="cuda")
+    parts[:, -8:] = torch.arange(24.0, device="cuda").view(3, 8)
+    out = torch.empty(parts.shape[1], device="cuda")
+    count = out.numel()
+    reduce.sum_parts_kernel[(-(-count // 1024),)](parts, out, count, 3, count, 3 * count, BLOCK=1024, num_warps=4)
+    assert torch.equal(out[-8:], parts[:, -8:].sum(0))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_tensor_on_another_device():
     t = map_inputs()
