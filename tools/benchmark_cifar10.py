@@ -58,7 +58,7 @@ class Job:
         command = [sys.executable, "-m", "visionssm", "train", self.config, "--work-dir", str(self.work_dir)]
         command += [] if mode == "none" else ["--compile-mode", mode]
         command += ["--cfg-options", *self.options]
-        shares = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu}
+        shares = {"OMP_NUM_THREADS": min(threads, 4), "TORCHINDUCTOR_COMPILE_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu}
         environ = os.environ | {name: str(value) for name, value in shares.items()}
         self.began = time.monotonic()
         self.seconds: float | None = None
