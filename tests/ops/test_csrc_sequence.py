@@ -3,50 +3,14 @@
 test_triton.py runs this file in an interpreting process of its own, as it does test_csrc_kernels.py.
 """
 
-import os
-
 import pytest
 import torch
+from test_csrc_kernels import BF16, DEVICE, F16, kernels, pytestmark  # noqa: F401
 
 from visionssm.ops import selective_scan, selective_scan_ref
 from visionssm.ops.testing import assert_within_budget, outputs_and_gradients, selective_scan_inputs, to_float64
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = (
-    [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-)
-F16, BF16 = torch.float16, torch.bfloat16
 FORWARD, BACKWARD = "sequence_forward", "sequence_backward"
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Count the launches; every tensor the launcher allocates starts as NaN."""
-    pytest.importorskip("triton")
-    from visionssm.ops.kernels import cuda
-
-    launched = []
-    compile_kernel = cuda.compile_kernel
-    if INTERPRETED:
-        import emulator
-
-        if emulator.COMPILER is None:
-            pytest.skip("needs g++")
-        compile_kernel = emulator.compile_kernel
-        monkeypatch.setattr(cuda, "enabled", lambda device: True)
-
-    def counted(kernel, *case):
-        launched.append(kernel)
-        return compile_kernel(kernel, *case)
-
-    def poisoned(*args, **kwargs):
-        return new_empty(*args, **kwargs).fill_(float("nan"))
-
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(cuda, "compile_kernel", counted)
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    return launched
 
 
 @pytest.fixture
@@ -95,7 +59,7 @@ def check(inputs, softplus=True):
     ],
     ids=str,
 )
-def test_sequence(kernels, plan, sizes, options, softplus):
+def test_sequence(kernels, plan, sizes, options, softplus):  # noqa: F811
     plan(channels=128 if sizes[1] >= 128 else 32)
     batch, dim, length, state = sizes
     check(selective_scan_inputs(batch, dim, length, state, softplus=softplus, device=DEVICE, **options), softplus)
@@ -103,14 +67,14 @@ def test_sequence(kernels, plan, sizes, options, softplus):
 
 
 @pytest.mark.parametrize(("channels", "parts", "stage"), [(8, 16, 32), (24, 16, 32), (32, 8, 32), (64, 2, 16)])
-def test_threads_that_share_the_states(kernels, plan, channels, parts, stage):
+def test_threads_that_share_the_states(kernels, plan, channels, parts, stage):  # noqa: F811
     plan(channels, parts, stage)
     check(selective_scan_inputs(1, 40, 69, 16, device=DEVICE, dtype=BF16))
     assert kernels == [FORWARD, BACKWARD]
 
 
 @pytest.mark.parametrize(("parts", "stage", "tiles_per_split"), [(1, 16, 1), (4, 32, 2), (1, 32, 4)])
-def test_split_sequence(kernels, plan, parts, stage, tiles_per_split):
+def test_split_sequence(kernels, plan, parts, stage, tiles_per_split):  # noqa: F811
     plan(32, parts, stage, tiles_per_split)
     check(selective_scan_inputs(2, 24, 101, 8, groups=2, device=DEVICE, dtype=F16))
     assert kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]
@@ -118,7 +82,7 @@ def test_split_sequence(kernels, plan, parts, stage, tiles_per_split):
 
 @pytest.mark.parametrize("tiles_per_split", [1000, 1])
 @pytest.mark.parametrize("length", [21, 32])
-def test_last_state(kernels, plan, tiles_per_split, length):
+def test_last_state(kernels, plan, tiles_per_split, length):  # noqa: F811
     plan(tiles_per_split=tiles_per_split)
     inputs = selective_scan_inputs(2, 8, length, 4, groups=2, device=DEVICE, dtype=F16)
     _, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend="triton")
@@ -127,7 +91,7 @@ def test_last_state(kernels, plan, tiles_per_split, length):
     assert kernels[0] == FORWARD
 
 
-def test_strided_operands(kernels, plan):
+def test_strided_operands(kernels, plan):  # noqa: F811
     """u and z are halves of one map, B and C slices of one projection: read where they lie."""
     plan()
     inputs = selective_scan_inputs(2, 24, 21, 4, groups=1, device=DEVICE, dtype=BF16)
@@ -139,7 +103,7 @@ def test_strided_operands(kernels, plan):
     assert kernels == [FORWARD, FORWARD]
 
 
-def test_bitwise_repeatable(kernels):
+def test_bitwise_repeatable(kernels):  # noqa: F811
     inputs = selective_scan_inputs(1, 40, 37, 4, device=DEVICE, dtype=F16)
     first, second = (outputs_and_gradients(selective_scan, inputs, backend="triton", delta_softplus=True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -147,7 +111,7 @@ def test_bitwise_repeatable(kernels):
 
 
 @pytest.mark.parametrize("optional", [True, False])
-def test_opcheck(kernels, optional):
+def test_opcheck(kernels, optional):  # noqa: F811
     inputs = selective_scan_inputs(1, 4, 5, 4, 2, D=optional, z=optional, delta_bias=optional, device=DEVICE, dtype=BF16)
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     operands = (None if inputs[name] is None else inputs[name].requires_grad_() for name in names)
@@ -155,7 +119,7 @@ def test_opcheck(kernels, optional):
     assert FORWARD in kernels
 
 
-def test_channels_last_maps_are_left_to_triton(kernels):
+def test_channels_last_maps_are_left_to_triton(kernels):  # noqa: F811
     inputs = selective_scan_inputs(1, 4, 5, 4, device=DEVICE, dtype=F16)
     inputs["u"] = inputs["u"].mT.contiguous().mT
     selective_scan(**inputs, delta_softplus=True, backend="triton")
