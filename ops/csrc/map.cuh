@@ -2,11 +2,10 @@
 // take the macros
 //   PATHS    the codes of the K paths, `2 * kind + flip`: kind 0 is h, 1 is v, K + 1 is wK;  PATH_COUNT  K;  WINDOWS  1 if one is wK
 //   RANK     R of the low-rank step
-//   EACH     channels of a thread: 2 are neighbours, 1 or 3 lie 32 apart
+//   EACH     channels of a thread, 1 or 2 neighbours; the backward has registers for one alone
 //   SCALED   1 where y or dx leaves as parts to be summed over the paths: float16 numbers below 2, and a power of two for each tile and
 //            channel, which is half of float32's traffic; 0 where it leaves in the dtype of x
 //   LAST     steps that the last tile of a path can have, a multiple of 4
-//   AHEAD    1 where the steps of the next tile are expanded beside what else a tile needs
 //   APART    1 where a block meets once a tile rather than twice: what its warps show each other has two places; backward only
 //   WORDS    1 where the rows of dt | B | C can be copied four bytes at a time
 //   BACKWARD 0 or 1;  ROWS_F32  1 where blocks of channels share the gradient of dt | B | C, to be summed
@@ -21,7 +20,6 @@ constexpr int CHUNKS = WIDTH / 8;                  // eight channels each
 constexpr int RANK8 = (RANK + 7) / 8 * 8;          // ranks, padded to what a product takes
 constexpr int FIELDS = RANK + 2;                   // a position's dt | B | C
 constexpr int ROW = (((FIELDS > RANK8 ? FIELDS : RANK8) + 7) / 8 | 1) * 8;  // 16-bit row in shared memory: no two of a matrix share a bank
-constexpr int ROW_TILES = BACKWARD && AHEAD ? 4 : 2;  // whose rows lie in shared memory
 constexpr int PLACES = 4 * (1 + APART);  // tiles whose places lie in shared memory
 constexpr int WEIGHT_ROW = (RANK8 / 8 | 1) * 8;  // likewise
 constexpr int STEP_ROW = BACKWARD && RANK8 > SPAN ? (RANK8 + 15) / 16 * 16 + 8 : SPAN + 8;  // of full steps, and of a gradient of dt
@@ -114,8 +112,8 @@ DEVICE void copy_rows(Rows &rows, const uint16 *projection, int stride, const Pl
     }
 }
 
-DEVICE void clear_rows(Rows (&rows)[ROW_TILES], int thread) {  // fields that only pad are never written again
-    for (int e = thread; e < ROW_TILES * T * ROW; e += THREADS) rows[e / (T * ROW)].row[0][e % (T * ROW)] = 0;
+DEVICE void clear_rows(Rows (&rows)[2], int thread) {  // fields that only pad are never written again
+    for (int e = thread; e < 2 * T * ROW; e += THREADS) rows[e / (T * ROW)].row[0][e % (T * ROW)] = 0;
 }
 
 // The weight of the step for the channels of a warp, times log2(e), and the bias.
@@ -139,35 +137,6 @@ DEVICE void load_weight(Weight &weight, const float *w, const float *bias, int f
     }
 }
 
-// log2(e) (dt[t] . weight + bias) for a whole tile as the products leave it, and B times ln(2) and C of step lane % T.
-struct Expanded {
-    float d[4 * EACH][4];
-    float2 bc;
-};
-
-DEVICE void expand(Expanded &out, const Rows &rows, const Weight &weight, int lane) {
-#pragma unroll
-    for (int j = 0; j < 4 * EACH; j++) {
-        const float2 bias = ((const float2 *)weight.bias)[4 * j + lane % 4];
-        out.d[j][0] = out.d[j][2] = bias.x;
-        out.d[j][1] = out.d[j][3] = bias.y;
-    }
-#pragma unroll
-    for (int i = 0; i < RANK8 / 8; i++) {
-        uint32 a[4];
-        load_matrices(a, &rows.row[lane % 16][8 * i]);  // twice
-#pragma unroll
-        for (int j = 0; j < 4 * EACH; j += 2) {
-            uint32 b[4];
-            load_matrices(b, &weight.w[lane / 8 % 2][8 * j + lane / 16 * 8 + lane % 8][8 * i]);
-            multiply_add(out.d[j], a[0], a[1], a[2], a[3], b[0], b[1]);
-            multiply_add(out.d[j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-        }
-    }
-    const uint16 *last = &rows.row[lane % T][RANK];
-    out.bc = {to_float(last[0]) * LN2, to_float(last[1])};
-}
-
 // A warp's own tile: full steps times log2(e) [T][channel of the warp], B times ln(2) and C of two steps each.
 struct alignas(16) Own {
     float steps[T * STEP_ROW];
@@ -177,14 +146,35 @@ struct alignas(16) Own {
     DEVICE float C(int t) const { return t % 2 ? BC[t / 2].w : BC[t / 2].y; }
 };
 
-DEVICE void write_own(Own &own, const Expanded &from, int lane) {  // the caller synchronises the warp
+// log2(e) (dt[t] . weight + bias) for a whole tile; the caller synchronises the warp.
+DEVICE void expand(Own &own, const Rows &rows, const Weight &weight, int lane) {
+    float d[4 * EACH][4];
+#pragma unroll
+    for (int j = 0; j < 4 * EACH; j++) {
+        const float2 bias = ((const float2 *)weight.bias)[4 * j + lane % 4];
+        d[j][0] = d[j][2] = bias.x;
+        d[j][1] = d[j][3] = bias.y;
+    }
+#pragma unroll
+    for (int i = 0; i < RANK8 / 8; i++) {
+        uint32 a[4];
+        load_matrices(a, &rows.row[lane % 16][8 * i]);  // twice
+#pragma unroll
+        for (int j = 0; j < 4 * EACH; j += 2) {
+            uint32 b[4];
+            load_matrices(b, &weight.w[lane / 8 % 2][8 * j + lane / 16 * 8 + lane % 8][8 * i]);
+            multiply_add(d[j], a[0], a[1], a[2], a[3], b[0], b[1]);
+            multiply_add(d[j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        }
+    }
+    const uint16 *last = &rows.row[lane % T][RANK];
+    ((float2 *)own.BC)[lane % T] = {to_float(last[0]) * LN2, to_float(last[1])};
 #pragma unroll
     for (int j = 0; j < 4 * EACH; j++) {
         float2 *at = (float2 *)(own.steps + lane / 4 * STEP_ROW + 8 * j + lane % 4 * 2);
-        at[0] = {from.d[j][0], from.d[j][1]};
-        at[4 * STEP_ROW] = {from.d[j][2], from.d[j][3]};
+        at[0] = {d[j][0], d[j][1]};
+        at[4 * STEP_ROW] = {d[j][2], d[j][3]};
     }
-    ((float2 *)own.BC)[lane % T] = from.bc;
 }
 
 struct Shared {
@@ -196,14 +186,12 @@ struct Shared {
 #endif
     Own own[1 + APART][WARPS];
     Weight weights[WARPS];
-    Rows rows[ROW_TILES];
+    Rows rows[2];
     Places places[PLACES];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/cuda.py asks for too little shared memory");
 
 // What a thread reads and writes of its channels; `at` belongs to its first.
-DEVICE int first_of(int lane) { return EACH == 2 ? 2 * lane : lane; }
-constexpr int STRIDE = EACH == 2 ? 1 : 32;
 
 DEVICE void load_each(float (&v)[EACH], const float *at) {
 #if EACH == 2
@@ -211,8 +199,7 @@ DEVICE void load_each(float (&v)[EACH], const float *at) {
     v[0] = pair.x;
     v[1] = pair.y;
 #else
-#pragma unroll
-    for (int j = 0; j < EACH; j++) v[j] = at[32 * j];
+    v[0] = *at;
 #endif
 }
 DEVICE void load_each(float (&v)[EACH], const uint16 *at) {
@@ -221,16 +208,14 @@ DEVICE void load_each(float (&v)[EACH], const uint16 *at) {
     v[0] = pair.x;
     v[1] = pair.y;
 #else
-#pragma unroll
-    for (int j = 0; j < EACH; j++) v[j] = to_float(at[32 * j]);
+    v[0] = to_float(*at);
 #endif
 }
 DEVICE void store_each(const uint32 (&stored)[EACH], uint32 bit, uint16 *to, const float (&v)[EACH]) {
 #if EACH == 2
     store_if(stored[0] & bit, (uint32 *)to, SCALED ? halves(v[0], v[1]) : to_maps(v[0], v[1]));
 #else
-#pragma unroll
-    for (int j = 0; j < EACH; j++) store_if(stored[j] & bit, to + 32 * j, SCALED ? float_to_half(v[j]) : to_map(v[j]));
+    store_if(stored[0] & bit, to, SCALED ? float_to_half(v[0]) : to_map(v[0]));
 #endif
 }
 
@@ -239,7 +224,7 @@ template <int STEPS>
 DEVICE void store_tile(uint16 *map, uint16 *scale, float (&v)[T][EACH], const Places &places, int channels, int left) {
     uint32 stored[EACH];
 #pragma unroll
-    for (int j = 0; j < EACH; j++) stored[j] = left > STRIDE * j ? places.inside : 0;
+    for (int j = 0; j < EACH; j++) stored[j] = left > j ? places.inside : 0;
     float times[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; j++) times[j] = 1.f;
@@ -256,8 +241,7 @@ DEVICE void store_tile(uint16 *map, uint16 *scale, float (&v)[T][EACH], const Pl
 #if EACH == 2
         store_if(left > 0, (uint32 *)scale, power[0] >> 16 | power[1]);
 #else
-#pragma unroll
-        for (int j = 0; j < EACH; j++) store_if(left > 32 * j, scale + 32 * j, (uint16)(power[j] >> 16));
+        store_if(left > 0, scale, (uint16)(power[0] >> 16));
 #endif
     }
 #pragma unroll

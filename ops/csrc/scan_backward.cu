@@ -195,23 +195,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     if (warp == 0) {
         write_places(shared.places[0], map, tile, lane);
         write_places(shared.places[1], map, before, lane);
-        if (AHEAD) write_places(shared.places[2], map, second, lane);
     }
     block_barrier();
     copy_tile(shared.x[0], x, x_position, in_block, shared.places[0], thread);
     copy_tile(shared.dy[0], dy, dy_position, in_block, shared.places[0], thread);
     copy_rows(shared.rows[0], projection, projection_position, shared.places[0], thread);
-    if (AHEAD && count > 1) {
-        if (before == last) projection += projection_image;
-        copy_rows(shared.rows[1], projection, projection_position, shared.places[1], thread);
-    }
     float next_state = *states;
     wait_copies();
-    Expanded expanded;
-    if (AHEAD) {
-        block_barrier();
-        expand(expanded, shared.rows[0], shared.weights[warp], lane);
-    }
 
     float carry = 0.f;
     Sums sums = {0.f, 0.f, 0.f};
@@ -221,40 +211,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
     block_barrier();
     for (int i = 0; i < count; i++) {
         Own &own = shared.own[i % (1 + APART)][warp];
-        if (AHEAD) write_own(own, expanded, lane);
         const float start = next_state;
         if (i + 1 < count) {
             states -= channels;
             if (tile == 0) {  // the next image
                 dy += dy_image;
                 x += x_image;
+                projection += projection_image;
                 states += (long long)(K + 1) * tiles * channels;
             }
             next_state = *states;
-            copy_tile(shared.x[(i + 1) % 2], x, x_position, in_block, shared.places[(i + 1) % PLACES], thread);
-            copy_tile(shared.dy[(i + 1) % 2], dy, dy_position, in_block, shared.places[(i + 1) % PLACES], thread);
+            const Places &next = shared.places[(i + 1) % PLACES];
+            copy_tile(shared.x[(i + 1) % 2], x, x_position, in_block, next, thread);
+            copy_tile(shared.dy[(i + 1) % 2], dy, dy_position, in_block, next, thread);
+            copy_rows(shared.rows[(i + 1) % 2], projection, projection_position, next, thread);
         }
-        if (i + 1 + AHEAD < count) {
-            if ((AHEAD ? second : before) == last) projection += projection_image;
-            const Places &places = shared.places[(i + 1 + AHEAD) % PLACES];
-            copy_rows(shared.rows[(i + 1 + AHEAD) % ROW_TILES], projection, projection_position, places, thread);
-        }
-        const int third = second > 0 ? second - 1 : last;
-        if (warp == 0) write_places(shared.places[(i + 2 + AHEAD) % PLACES], map, AHEAD ? third : second, lane);
-        const Rows &rows = shared.rows[i % ROW_TILES];
+        if (warp == 0) write_places(shared.places[(i + 2) % PLACES], map, second, lane);
+        const Rows &rows = shared.rows[i % 2];
         const uint16 *values = shared.x[i % 2] + thread, *grads = shared.dy[i % 2] + thread;
         const Places &here = shared.places[i % PLACES];
-        if (!AHEAD) {
-            expand(expanded, rows, shared.weights[warp], lane);
-            write_own(own, expanded, lane);
-        }
+        expand(own, rows, shared.weights[warp], lane);
         __syncwarp();
         float *in_sums = shared.sums[i % (1 + APART)][warp];
         if (LAST < T && tile == last)
             walk<LAST>(carry, sums, in_sums, own, start, values, grads, decay, skip, dx, scales, here, channels, left, lane);
         else walk<T>(carry, sums, in_sums, own, start, values, grads, decay, skip, dx, scales, here, channels, left, lane);
         __syncwarp();
-        if (AHEAD) expand(expanded, shared.rows[(i + 1) % ROW_TILES], shared.weights[warp], lane);
         through_low_rank(weight_gradient, own.steps, rows, shared.weights[warp], lane);
         wait_copies();
         block_barrier();  // the next tile is here
@@ -269,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         }
         tile = before;
         before = second;
-        second = third;
+        second = before > 0 ? before - 1 : last;
         if (!APART) block_barrier();  // what this tile left in shared memory is read
     }
     const long long row = (long long)group * sums_row;

@@ -9,7 +9,7 @@ DEVICE void walk(
 #pragma unroll
     for (int t = 0; t < STEPS; t++) {
         float delta[EACH], value[EACH], u;  // delta times log2(e), and so B comes times ln(2)
-        load_each(delta, own.steps + t * STEP_ROW + first_of(lane));
+        load_each(delta, own.steps + t * STEP_ROW + EACH * lane);
         load_each(value, values + t * WIDTH);
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     const int block = blockIdx.x % blocks, k = blockIdx.x / blocks % K;
     const int first = blockIdx.x / blocks / K * images_per_block;
     const int count = (batch - first < images_per_block ? batch - first : images_per_block) * tiles;
-    const int in_block = SPAN * warp + first_of(lane), c = block * WIDTH + in_block;
+    const int in_block = SPAN * warp + EACH * lane, c = block * WIDTH + in_block;
     const int left = channels - c;  // a channel that is none reads zeros and stores nothing
     const Map map = map_of(k, height, width);
 
@@ -46,8 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     float decay[EACH], skip[EACH], h[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-        decay[j] = left > STRIDE * j ? A[k * channels + c + STRIDE * j] : 0.f;
-        skip[j] = HAS_D && left > STRIDE * j ? D[k * channels + c + STRIDE * j] : 0.f;
+        decay[j] = left > j ? A[k * channels + c + j] : 0.f;
+        skip[j] = HAS_D && left > j ? D[k * channels + c + j] : 0.f;
         h[j] = 0.f;
     }
     Own &own = shared.own[0][warp];
@@ -57,58 +57,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(
     if (warp == 0) {
         write_places(shared.places[0], map, tile, lane);
         write_places(shared.places[1], map, after, lane);
-        if (AHEAD) write_places(shared.places[2], map, second, lane);
     }
     block_barrier();
     copy_tile(shared.x[0], x, x_position, channels - block * WIDTH, shared.places[0], thread);
     copy_rows(shared.rows[0], projection, projection_position, shared.places[0], thread);
-    if (AHEAD && count > 1) {
-        if (after == 0) projection += projection_image;
-        copy_rows(shared.rows[1], projection, projection_position, shared.places[1], thread);
-    }
     wait_copies();
     block_barrier();
-    Expanded expanded;
-    if (AHEAD) {
-        expand(expanded, shared.rows[0], shared.weights[warp], lane);
-        write_own(own, expanded, lane);
-        block_barrier();  // the first rows are read
-    }
 
     for (int i = 0; i < count; i++) {
         if (i + 1 < count) {
-            if (after == 0) x += x_image;
-            copy_tile(shared.x[(i + 1) % 2], x, x_position, channels - block * WIDTH, shared.places[(i + 1) % PLACES], thread);
+            if (after == 0) {
+                x += x_image;
+                projection += projection_image;
+            }
+            const Places &next = shared.places[(i + 1) % PLACES];
+            copy_tile(shared.x[(i + 1) % 2], x, x_position, channels - block * WIDTH, next, thread);
+            copy_rows(shared.rows[(i + 1) % 2], projection, projection_position, next, thread);
         }
-        if (i + 1 + AHEAD < count) {
-            if ((AHEAD ? second : after) == 0) projection += projection_image;
-            copy_rows(shared.rows[(i + 1 + AHEAD) % 2], projection, projection_position, shared.places[(i + 1 + AHEAD) % PLACES], thread);
-        }
-        const int third = second + 1 < tiles ? second + 1 : 0;
-        if (warp == 0) write_places(shared.places[(i + 2 + AHEAD) % PLACES], map, AHEAD ? third : second, lane);
+        if (warp == 0) write_places(shared.places[(i + 2) % PLACES], map, second, lane);
 #pragma unroll
         for (int j = 0; j < EACH; j++)
-            if (left > STRIDE * j) states[STRIDE * j] = h[j];
+            if (left > j) states[j] = h[j];
 
-        expand(expanded, shared.rows[(i + AHEAD) % 2], shared.weights[warp], lane);
-        if (!AHEAD) {
-            write_own(own, expanded, lane);
-            __syncwarp();
-        }
+        expand(own, shared.rows[i % 2], shared.weights[warp], lane);
+        __syncwarp();
         const uint16 *values = shared.x[i % 2] + in_block;
         const Places &here = shared.places[i % PLACES];
         if (LAST < T && tile == tiles - 1) walk<LAST>(h, own, values, decay, skip, y, scales, here, channels, left, lane);
         else walk<T>(h, own, values, decay, skip, y, scales, here, channels, left, lane);
-        if (AHEAD) {
-            __syncwarp();
-            write_own(own, expanded, lane);
-        }
         wait_copies();
         block_barrier();
 
         tile = after;
         after = second;
-        second = third;
+        second = after + 1 < tiles ? after + 1 : 0;
         states += channels;
         scales += channels;
         if (tile == 0) {  // the next image

@@ -2,6 +2,7 @@
 // macros
 //   N   states of a channel;  STAGE  steps that are brought to shared memory at once;  HAS_Z  0 or 1
 //   CHANNELS, PARTS  channels of a block, and how many threads share the states of each: thread = part * CHANNELS + channel
+//   TOGETHER states that a thread of the forward walks at once: one's chain of products hides the other's
 //   FULL     1 where the channels of a group are a multiple of those of a block
 //   SUMMARY  1 for a pass that finds out only what a split of the sequence hands on: its end from zero, and its sum of delta
 //

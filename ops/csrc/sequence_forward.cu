@@ -3,6 +3,8 @@
 // The threads that read a stage also work out what each of its elements needs once (delta, delta u, D u, silu(z)), the warps then run
 // the states. Where several warps share the states of a channel, their parts of y meet in shared memory.
 
+constexpr int SIDE_BY_SIDE = TOGETHER;  // a pragma takes no macro
+
 struct alignas(16) Shared {
     float B[N][MATRIX_ROW], C[N][MATRIX_ROW];
     float A[N][CHANNELS], h[N][CHANNELS];
@@ -104,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
                 out[t] = 0.f;
                 if (SUMMARY) total += v.x;
             }
-#pragma unroll 1
+#pragma unroll SIDE_BY_SIDE
             for (int n = first_state; n < first_state + (N / PARTS); n++) {
                 const float decay = shared.A[n][own];
                 float h = shared.h[n][own];

@@ -97,13 +97,9 @@ class Variant:
     resident: int
     """Warps on a multiprocessor: what registers and shared memory have room for."""
     each: int = 1
-    """Channels of a thread; the backward has registers for one alone."""
-    ahead: bool = False
-    """Expand the steps of the next tile beside what else a tile needs."""
+    """Channels of a thread, 1 or 2; the backward has registers for one alone."""
     apart: bool = False
     """Let a block meet once a tile rather than twice, for more shared memory; backward only."""
-    images: int = 0
-    """That a block walks one after the other; 0 for as many as let all blocks run at once."""
 
 
 # By the largest rank that each serves. The fastest of what tools/tune_scan.py timed on an H200 at VMamba-T's four stages.
@@ -143,7 +139,7 @@ class _Case:
         # All blocks run at once: the next image's reads then hide behind the last one's work.
         self.shared_bytes = self._shared_bytes(kernel == "scan_backward")
         self.resident = min(self.variant.resident * 32 // self.threads, _SHARED // (self.shared_bytes + 1024))
-        per_block = self.variant.images or -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
+        per_block = -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
         self.images = (batch, per_block)
         self.groups = -(-batch // per_block)
 
@@ -163,7 +159,7 @@ class _Case:
             "HAS_D": scan.D is not None, "HAS_BIAS": scan.bias is not None, "SOFTPLUS": scan.softplus,
             "SCALED": self.scaled, "BACKWARD": backward,
             "ROWS_F32": self.blocks > 1, "SHARED_BYTES": self.shared_bytes,
-            "EACH": self.variant.each, "AHEAD": self.variant.ahead, "APART": self.variant.apart,
+            "EACH": self.variant.each, "APART": self.variant.apart,
             "LAST": self._last_steps(), "WORDS": scan.rank % 2 == 0 and _in_words(scan.dt),
         }  # fmt: skip
         options = tuple(f"-D{name}={int(value) if isinstance(value, bool) else value}" for name, value in macros.items())
@@ -183,8 +179,7 @@ class _Case:
         own = 4 * STEPS * step_row + 8 * STEPS + (8 * STEPS if backward else 0)
         warp = places * own + 4 * span * (weight_row + 1) + (128 * ranks if backward else 0)
         maps = 2 * 2 * STEPS * self.variant.channels * (2 if backward else 1)
-        row_tiles = 4 if backward and self.variant.ahead else 2
-        return maps + warps * warp + row_tiles * 2 * STEPS * row + places * 4 * (4 * STEPS + 16)
+        return maps + warps * warp + 2 * 2 * STEPS * row + places * 4 * (4 * STEPS + 16)
 
     def _last_steps(self) -> int:
         """Steps that the last tile of the longest path has, to the next four; all where walking fewer would gain little."""

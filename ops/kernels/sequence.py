@@ -36,6 +36,8 @@ class Plan:
     """Steps that are read at once."""
     tiles_per_split: int
     """Whole stages if `parts` > 1. A sequence is split only where it must be to fill the device: it is then scanned twice."""
+    together: int = 1
+    """States that a thread of the forward walks at once."""
 
     @property
     def warps(self) -> int:
@@ -173,7 +175,7 @@ def shape_macros(n: int, plan: Plan) -> dict[str, int]:
     """What a kernel of N states is compiled for by its plan."""
     return {
         "N": n, "CHANNELS": plan.channels, "PARTS": plan.parts, "WARPS": plan.warps, "STAGE": plan.stage,
-        "BLOCKS": max(1, _RESIDENT // plan.warps),
+        "TOGETHER": plan.together, "BLOCKS": max(1, _RESIDENT // plan.warps),
     }  # fmt: skip
 
 

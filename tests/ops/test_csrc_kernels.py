@@ -21,7 +21,8 @@ F16, BF16 = torch.float16, torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Serve from csrc whatever the size; count the launches; every tensor the launcher allocates starts as NaN."""
+    """Serve from csrc whatever the size, as on one multiprocessor, so that a block walks several images; count the launches; every
+    tensor the launcher allocates starts as NaN."""
     pytest.importorskip("triton")
     from visionssm.ops.kernels import cuda, launch
 
@@ -44,6 +45,7 @@ def kernels(monkeypatch):
 
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(cuda, "compile_kernel", counted)
+    monkeypatch.setattr(cuda, "processors", lambda device: 1)
     monkeypatch.setattr(launch._Scan, "_splits", lambda self, programs, tiles: (1, tiles))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     return launched

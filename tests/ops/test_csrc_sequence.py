@@ -17,11 +17,11 @@ FORWARD, BACKWARD = "sequence_forward", "sequence_backward"
 def plan(monkeypatch):
     """Cut up the work as a test wants it, whatever the device."""
 
-    def choose(channels=32, parts=1, stage=16, tiles_per_split=1000):
+    def choose(channels=32, parts=1, stage=16, tiles_per_split=1000, together=1):
         from visionssm.ops.kernels import sequence
 
         def planned(*args):
-            return sequence.Plan(channels, parts, stage, tiles_per_split)
+            return sequence.Plan(channels, parts, stage, tiles_per_split, together)
 
         def planned_backward(*args):
             return sequence.Plan(-(-channels // 32) * 32, 1, stage, tiles_per_split)
@@ -66,9 +66,11 @@ def test_sequence(kernels, plan, sizes, options, softplus):  # noqa: F811
     assert kernels == [FORWARD, BACKWARD]
 
 
-@pytest.mark.parametrize(("channels", "parts", "stage"), [(8, 16, 32), (24, 16, 32), (32, 8, 32), (64, 2, 16)])
-def test_threads_that_share_the_states(kernels, plan, channels, parts, stage):  # noqa: F811
-    plan(channels, parts, stage)
+@pytest.mark.parametrize(
+    ("channels", "parts", "stage", "together"), [(8, 16, 32, 1), (24, 8, 32, 2), (32, 8, 32, 1), (64, 2, 16, 4), (32, 1, 16, 2)]
+)
+def test_threads_that_share_the_states(kernels, plan, channels, parts, stage, together):  # noqa: F811
+    plan(channels, parts, stage, together=together)
     check(selective_scan_inputs(1, 40, 69, 16, device=DEVICE, dtype=BF16))
     assert kernels == [FORWARD, BACKWARD]
 

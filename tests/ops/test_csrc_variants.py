@@ -7,18 +7,15 @@ from visionssm.ops import CROSS
 
 FORWARD = {
     "one": {"channels": 96},
-    "one ahead": {"channels": 96, "ahead": True},
-    "one, a warp": {"channels": 32, "ahead": True},
+    "one, a warp": {"channels": 32, "resident": 2},
     "two": {"channels": 64, "each": 2},
-    "two ahead": {"channels": 128, "each": 2, "ahead": True},
-    "three ahead": {"channels": 96, "each": 3, "ahead": True},
+    "two, two warps": {"channels": 128, "each": 2},
 }
 BACKWARD = {
     "three warps": {"channels": 96},
-    "three warps ahead": {"channels": 96, "ahead": True},
     "two warps apart": {"channels": 64, "apart": True},
-    "four warps ahead and apart": {"channels": 128, "ahead": True, "apart": True},
-    "a warp": {"channels": 32, "images": 2},
+    "four warps apart": {"channels": 128, "apart": True},
+    "a warp": {"channels": 32, "resident": 2},
 }
 CASES = [
     ((5, 7), CROSS, {"dtype": BF16, "rank": 6, "channels": 96, "batch": 3}),
