@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -160,10 +161,15 @@ def _scan_autograd(ctx: object, dy: Tensor | None, *_: None) -> tuple:
     return (*kept, *(None,) * 5)
 
 
-def _no_double_backward(ctx: object, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "visionssm: cross_selective_scan has no second derivative on this backend; pass backend='reference' for double backward"
-    )
+def _no_double_backward(functions: str) -> Callable[..., None]:
+    """The gradient of a backward operator, which `functions` of api.py lead to: an error."""
+
+    def refuse(ctx: object, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"visionssm: no second derivative of {functions} on this backend; pass backend='reference' for double backward"
+        )
+
+    return refuse
 
 
 torch.library.impl("visionssm::cross_selective_scan", "CompositeExplicitAutograd", lib=_LIB)(_scan)
@@ -171,7 +177,8 @@ torch.library.impl("visionssm::cross_selective_scan_backward", "CompositeExplici
 torch.library.register_fake("visionssm::cross_selective_scan", _scan_fake, lib=_LIB)
 torch.library.register_fake("visionssm::cross_selective_scan_backward", _scan_backward_fake, lib=_LIB)
 torch.library.register_autograd("visionssm::cross_selective_scan", _scan_autograd, setup_context=_scan_setup_context, lib=_LIB)
-torch.library.register_autograd("visionssm::cross_selective_scan_backward", _no_double_backward, lib=_LIB)
+_refuse = _no_double_backward("selective_scan, cross_selective_scan and cross_selective_scan_packed")
+torch.library.register_autograd("visionssm::cross_selective_scan_backward", _refuse, lib=_LIB)
 
 
 # --- the scan in mamba's layout, on Triton alone: there the packed operator's copies would cost more than the scan ---------------
@@ -266,7 +273,7 @@ def _sequence_autograd(ctx: object, dy: Tensor | None, *_: None) -> tuple:
 
 for _name, _impl, _fake, _autograd, _setup in (
     ("selective_scan", _sequence, _sequence_fake, _sequence_autograd, _sequence_setup_context),
-    ("selective_scan_backward", _sequence_backward, _sequence_backward_fake, _no_double_backward, None),
+    ("selective_scan_backward", _sequence_backward, _sequence_backward_fake, _no_double_backward("selective_scan"), None),
 ):
     torch.library.impl(f"visionssm::{_name}", "CompositeExplicitAutograd", lib=_LIB)(_impl)
     torch.library.register_fake(f"visionssm::{_name}", _fake, lib=_LIB)
