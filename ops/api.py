@@ -42,8 +42,8 @@ def selective_scan(
         z: `(batch, dim, length)`, a gate: the output is multiplied by silu(z).
         delta_bias: `(dim,)`, added to `delta`.
         delta_softplus: apply softplus to delta (after the bias).
-        return_last_state: also return the state after the last step, `(batch, dim, state)`, float32 (float64 for float64
-            input), without gradient except on the reference backend.
+        return_last_state: also return the state after the last step, `(batch, dim, state)`, float32 (float64 if any input
+            is), without gradient except on the reference backend.
         backend: None for the best that can run, or "reference", "chunked", "triton".
 
     Returns:
@@ -80,7 +80,7 @@ def selective_scan(
     checks.check_shape("D", D, (("dim", dim),))
     checks.check_shape("z", z, layout)
     checks.check_shape("delta_bias", delta_bias, (("dim", dim),))
-    backend = choose_backend(u, backend)
+    backend = choose_backend(u, backend, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     if backend == "reference":
         return reference.selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
@@ -188,7 +188,7 @@ def cross_selective_scan(
     if x.dim() == 5 or order == "scan":
         checks.check_axis("x", "K", x.shape[1], k, "the number of paths")
     checks.check_bool(dt_softplus=dt_softplus, merge=merge)
-    backend = choose_backend(x, backend)
+    backend = choose_backend(x, backend, dt=dt, A=A, B=B, C=C, D=D, dt_weight=dt_weight, dt_bias=dt_bias)
     if backend == "reference":
         return reference.cross_selective_scan_ref(
             x, dt, A, B, C, D,
@@ -245,7 +245,7 @@ def cross_selective_scan_packed(
     if x.dim() == 5:
         checks.check_axis("x", "K", x.shape[1], k, "the number of paths")
     checks.check_bool(dt_softplus=dt_softplus, merge=merge)
-    backend = choose_backend(x, backend)
+    backend = choose_backend(x, backend, x_dbl=x_dbl, A=A, D=D, dt_weight=dt_weight, dt_bias=dt_bias)
     if backend == "reference":
         dt, B, C = x_dbl.permute(0, 3, 1, 2, 4).split([rank, state, state], dim=-1)
         return reference.cross_selective_scan_ref(

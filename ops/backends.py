@@ -1,7 +1,7 @@
 """Which code computes an operator: `reference`, `chunked` or `triton`.
 
 `choose_backend` is the one place that decides. Each `can_run_*` answers with the reason why not, so that a backend asked for by
-name can say it, and `backend_report` can list it.
+name can say it, and `backend_report` can list it. They look at the map `x` and at the call's other tensors, `operands` by name.
 """
 
 from __future__ import annotations
@@ -17,21 +17,31 @@ from torch import Tensor
 
 BACKENDS = ("reference", "chunked", "triton")
 
+MAX_STATES = 64
+"""State variables N that the Triton kernels are tested for."""
 
-def can_run_reference(x: Tensor) -> str | None:
+
+def can_run_reference(x: Tensor, **operands: Tensor | None) -> str | None:
     """None if the reference can run on `x`, else why not. It always can."""
     return None
 
 
-def can_run_chunked(x: Tensor) -> str | None:
+def can_run_chunked(x: Tensor, **operands: Tensor | None) -> str | None:
     """None if the chunked backend (plain PyTorch, any device) can run on `x`, else why not."""
     return None
 
 
-def can_run_triton(x: Tensor) -> str | None:
-    """None if the Triton kernels can run on `x`, else why not."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+def can_run_triton(x: Tensor, **operands: Tensor | None) -> str | None:
+    """None if the Triton kernels can run on `x` and `operands`, of which `A` is (..., N), else why not."""
+    taken = (torch.float16, torch.bfloat16, torch.float32)
+    if x.dtype not in taken:
         return f"the Triton kernels take float16, bfloat16 and float32, not {x.dtype}"
+    for name, tensor in operands.items():  # a float64 parameter asks for states in float64
+        if tensor is not None and tensor.dtype not in taken:
+            return f"the Triton kernels take float16, bfloat16 and float32, and {name} is {tensor.dtype}"
+    A = operands.get("A")
+    if A is not None and A.shape[-1] > MAX_STATES:
+        return f"A has {A.shape[-1]} state variables, and the Triton kernels take up to {MAX_STATES}"
     return _device_refusal(x.device.type, x.device.index)
 
 
@@ -61,11 +71,16 @@ def backend_report(x: Tensor) -> dict[str, str | None]:
 
 @functools.cache
 def _warn_slow(reason: str) -> None:
-    warnings.warn(f"visionssm: a GPU tensor takes the slow chunked backend because {reason}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"visionssm: a GPU tensor takes the slow chunked backend because {reason}", RuntimeWarning, stacklevel=5)
 
 
-def choose_backend(x: Tensor, name: str | None = None) -> str:
-    """The backend for an operator on `x`: `name` if given and able, else the best that can run.
+@torch.compiler.assume_constant_result  # said while compiling, which would break off at a warning
+def _tell_slow(reason: str) -> None:
+    _warn_slow(reason)
+
+
+def choose_backend(x: Tensor, name: str | None = None, **operands: Tensor | None) -> str:
+    """The backend for an operator on `x` and `operands`: `name` if given and able, else the best that can run.
 
     Raises:
         ValueError: an unknown name.
@@ -79,13 +94,13 @@ def choose_backend(x: Tensor, name: str | None = None) -> str:
             raise ValueError(
                 f"backend: unknown backend {name!r}{hint} (known: {', '.join(BACKENDS)}, or None for the best that can run)"
             )
-        reason = able[name](x)
+        reason = able[name](x, **operands)
         if reason is not None:
             raise RuntimeError(f"backend: {name!r} cannot run here: {reason}")
         return name
     if x.is_cuda:
-        reason = can_run_triton(x)
+        reason = can_run_triton(x, **operands)
         if reason is None:
             return "triton"
-        _warn_slow(reason)
+        _tell_slow(reason)
     return "chunked"

@@ -79,8 +79,8 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `cross_selective_scan_packed` in api.py; x is (batch, 1 or K, H, W, C) here.
 
-    Returns y (batch, H, W, C) or (batch, K, H, W, C), last_state (batch, K, C, N) float32 (float64 if any input is) or empty,
-    and `states`, whatever the backend keeps for its backward (at most the states at chunk boundaries).
+    Returns y (batch, H, W, C) or (batch, K, H, W, C), last_state (batch, K, C, N) or empty, and `states`, whatever the backend
+    keeps for its backward (at most the states at chunk boundaries). Both are float32, or on chunked float64 if any input is.
     """
     with _no_autocast(x):
         return _backend(backend).forward(x, x_dbl, A, D, dt_weight, dt_bias, tuple(paths), dt_softplus, merge, return_last_state)
@@ -102,7 +102,8 @@ def _scan_fake(
     batch, _, height, width, channels = x.shape
     k, _, state = A.shape
     tensors = (x, x_dbl, A, D, dt_weight, dt_bias)
-    kept = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    wide = backend == "chunked" and any(t is not None and t.dtype == torch.float64 for t in tensors)
+    kept = torch.float64 if wide else torch.float32
     y = x.new_empty((batch, height, width, channels) if merge else (batch, k, height, width, channels))
     last_state = x.new_empty((batch, k, channels, state) if return_last_state else (0,), dtype=kept)
     states = x.new_empty(_backend(backend).states_shape(batch, k, _length(paths, height, width, None), channels, state), dtype=kept)

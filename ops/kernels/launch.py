@@ -18,9 +18,6 @@ from .forward import scan_forward_kernel
 from .projection import projection_gradients_kernel, step_gradient_kernel, weight_gradient_kernel
 from .reduce import carry_splits, sum_parts_kernel, transpose_kernel
 
-MAX_STATES = 64
-"""State variables N that the kernels are tested for."""
-
 _BLOCK = 1024
 
 
@@ -255,8 +252,6 @@ class _Scan:
 
     def _common(self, tiles: int, block: int) -> tuple[dict[str, object], int]:
         """The arguments that both kernels take, and the number of programs."""
-        if self.n > MAX_STATES:
-            raise ValueError(f"A: has {self.n} state variables, the Triton kernels take up to {MAX_STATES}; use backend='chunked'")
         height, width = self.size
         batch = self.x.shape[0]
         programs = triton.cdiv(self.channels, block) * self.k * batch

@@ -33,7 +33,7 @@ STACKED = {
 @pytest.fixture(autouse=True)
 def on_backend(backend, monkeypatch):
     """The layers leave the choice to the operator; here it falls on `backend`."""
-    monkeypatch.setattr(api, "choose_backend", lambda x, name: backend)
+    monkeypatch.setattr(api, "choose_backend", lambda x, name, **operands: backend)
 
 
 def places(published, suffixes):

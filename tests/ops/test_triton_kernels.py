@@ -3,6 +3,7 @@
 test_triton.py runs this file in an interpreting process of its own. Shapes are small and odd: interpreted programs are slow.
 """
 
+import contextlib
 import os
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from visionssm.ops import (
     CROSS,
     ScanPaths,
+    backends,
     cross_selective_scan,
     cross_selective_scan_packed,
     cross_selective_scan_ref,
@@ -186,10 +188,30 @@ def test_bitwise_repeatable():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def refused_by_name_alone(function, inputs, reason, **options):
+    """Triton asked for by name raises; with no backend asked for, another computes, of which a GPU's user hears."""
+    with pytest.raises(RuntimeError, match=reason):
+        function(**inputs, **options, backend="triton")
+    backends._warn_slow.cache_clear()
+    with contextlib.nullcontext() if INTERPRETED else pytest.warns(RuntimeWarning, match=reason):
+        actual = function(**inputs, **options)
+    torch.testing.assert_close(actual, function(**inputs, **options, backend="reference"))
+
+
 def test_too_many_states():
+    reason = "A has 65 state variables.*up to 64"
     inputs = cross_selective_scan_inputs(1, (1, 2), 2, 65, ("h",), 1, device=DEVICE, dtype=F32)
-    with pytest.raises(ValueError, match=r"65 state variables.*up to 64"):
-        cross_selective_scan(**inputs, paths=("h",), backend="triton")
+    refused_by_name_alone(cross_selective_scan, inputs, reason, paths=("h",))
+    refused_by_name_alone(cross_selective_scan_packed, pack(inputs), reason, paths=("h",))
+    refused_by_name_alone(selective_scan, selective_scan_inputs(1, 2, 3, 65, device=DEVICE, dtype=F32), reason, delta_softplus=True)
+
+
+@pytest.mark.parametrize("name", ["A", "D", "delta_bias"])
+def test_a_float64_parameter(name):
+    """The last state is then float64, which Triton's is not."""
+    inputs = selective_scan_inputs(1, 2, 3, 2, device=DEVICE, dtype=F32)
+    inputs[name] = inputs[name].double()
+    refused_by_name_alone(selective_scan, inputs, rf"{name} is torch\.float64", delta_softplus=True, return_last_state=True)
 
 
 def leaves_of(inputs):
@@ -202,6 +224,8 @@ def test_opcheck_of_the_map():
     x = t["x"].detach().unsqueeze(1).requires_grad_()
     arguments = (x, t["x_dbl"], t["A"], t["D"], t["dt_weight"], t["dt_bias"], paths, True, True, True, "triton")
     torch.library.opcheck(torch.ops.visionssm.cross_selective_scan.default, arguments)
+    wide = tuple(m.detach().double().requires_grad_() for m in arguments[2:6])  # the states stay float32
+    torch.library.opcheck(torch.ops.visionssm.cross_selective_scan.default, (*arguments[:2], *wide, *arguments[6:]))
 
 
 def test_opcheck_of_the_sequence():
