@@ -1,7 +1,7 @@
 """The CUDA C++ kernels in csrc/: compiled for one case by NVRTC at its first call, about a second, with no nvcc and no headers.
 
 They stand in for the Triton scan kernels where they were measured to be faster: one state variable, a low-rank step, 16-bit maps,
-enough images to fill the device in one pass. All else, and every machine without NVRTC, takes the Triton kernels.
+enough images to fill the device in one pass. All else, what NVRTC fails on, and every machine without it takes the Triton kernels.
 `VISIONSSM_CSRC=0` turns them off.
 """
 
@@ -193,13 +193,34 @@ def source(kernel: str) -> str:
     return "".join((_SOURCES / name).read_text() for name in names)
 
 
-@functools.cache
+class NotCompiledError(RuntimeError):
+    """A kernel cannot be compiled for a case, which was told; the Triton kernels serve it instead."""
+
+
 def compile_kernel(kernel: str, options: tuple[str, ...], device: torch.device, shared_bytes: int) -> Callable[..., None]:
-    """A function of grid, block, arguments (scalars are 32-bit integers) and shared memory; made once for each case and device."""
-    with torch.cuda.device(device):
-        compiled = torch.cuda._compile_kernel(source(kernel), kernel, nvcc_options=list(options))
-        if shared_bytes >= 48 * 1024:
-            compiled.set_shared_memory_config(shared_bytes)
+    """A function of grid, block, arguments (scalars are 32-bit integers) and shared memory.
+
+    Raises:
+        NotCompiledError: there is none for this case and device.
+    """
+    compiled = _compiled(kernel, options, device, shared_bytes)
+    if compiled is None:
+        raise NotCompiledError(kernel)
+    return compiled
+
+
+@functools.cache
+def _compiled(kernel: str, options: tuple[str, ...], device: torch.device, shared_bytes: int) -> Callable[..., None] | None:
+    """Compile a kernel, once for each case and device; a failure is told, loudly, and not tried again."""
+    try:
+        with torch.cuda.device(device):
+            compiled = torch.cuda._compile_kernel(source(kernel), kernel, nvcc_options=list(options))
+            if shared_bytes >= 48 * 1024:
+                compiled.set_shared_memory_config(shared_bytes)
+    except RuntimeError as error:
+        message = f"visionssm: cannot compile {kernel} for one case, for which the slower Triton kernels serve: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return None
     return compiled
 
 

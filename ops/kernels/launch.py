@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +43,10 @@ def forward(
     scan = _Scan.of_map(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
     batch, _, height, width, channels = x.shape
     if scan.suits_cuda() and not return_last_state:
-        states = scan.new_states()
-        y = cuda.scan_forward(scan, states, merge).unflatten(2, (height, width))
-        return (y.squeeze(1) if merge else y), states.new_empty(0), states
+        with suppress(cuda.NotCompiledError):
+            states = scan.new_states()
+            y = cuda.scan_forward(scan, states, merge).unflatten(2, (height, width))
+            return (y.squeeze(1) if merge else y), states.new_empty(0), states
     merge_parts = merge and scan.k > 1
     parts = x.new_empty((batch, scan.k, height, width, channels), dtype=torch.float32 if merge_parts else x.dtype)
     states, last_state = scan.forward(parts.flatten(2, 3), return_last_state)
@@ -70,9 +72,10 @@ def backward(
     scan = _Scan.of_map(x, x_dbl, A, D, dt_weight, dt_bias, paths, dt_softplus)
     batch, xs, height, width, channels = x.shape
     if scan.suits_cuda():
-        dx, rows, dA, *gradients = cuda.scan_backward(scan, _flat(dy.unsqueeze(1) if merge else dy), states)
-        gradients = (x.new_empty(0) if t is None else g for t, g in zip((D, dt_weight, dt_bias), gradients, strict=True))
-        return dx.view(x.shape), rows.view(x_dbl.shape), dA.view(A.shape), *gradients
+        with suppress(cuda.NotCompiledError):
+            dx, rows, dA, *gradients = cuda.scan_backward(scan, _flat(dy.unsqueeze(1) if merge else dy), states)
+            gradients = (x.new_empty(0) if t is None else g for t, g in zip((D, dt_weight, dt_bias), gradients, strict=True))
+            return dx.view(x.shape), rows.view(x_dbl.shape), dA.view(A.shape), *gradients
     sum_paths = xs == 1 and scan.k > 1
     dx = x.new_empty((batch, scan.k, height, width, channels), dtype=torch.float32 if sum_paths else x.dtype)
     dy = _flat(dy.unsqueeze(1) if merge else dy)
@@ -100,12 +103,13 @@ def sequence_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See library.py; y is a view of a channels-last map, which is how the kernel works and what an output projection wants."""
     if sequence.suits((u, delta, B, C, z), A, (D, delta_bias)):
-        scan = sequence.Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        y = u.new_empty((scan.batch, scan.length, u.shape[1]))
-        states = u.new_empty(states_shape(scan.batch, scan.groups, scan.length, scan.channels, scan.n), dtype=torch.float32)
-        last_state = u.new_empty((scan.batch, *A.shape) if return_last_state else (0,), dtype=torch.float32)
-        scan.forward(y, states, last_state)
-        return y.mT, last_state, states
+        with suppress(cuda.NotCompiledError):
+            scan = sequence.Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+            y = u.new_empty((scan.batch, scan.length, u.shape[1]))
+            states = u.new_empty(states_shape(scan.batch, scan.groups, scan.length, scan.channels, scan.n), dtype=torch.float32)
+            last_state = u.new_empty((scan.batch, *A.shape) if return_last_state else (0,), dtype=torch.float32)
+            scan.forward(y, states, last_state)
+            return y.mT, last_state, states
     u, delta, z = _channels_last(u, delta, z)
     scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     y = u.new_empty(u.shape)  # not as u lies: library.py promises channels-last
@@ -128,9 +132,10 @@ def sequence_backward(
 ) -> tuple[Tensor, ...]:
     """See library.py."""
     if sequence.suits((u, delta, B, C, z), A, (D, delta_bias)):
-        scan = sequence.Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-        du, ddelta, dz, dA, dB, dC, dD, dbias = scan.backward(*_channels_last(dy), states)
-        return du.mT, ddelta.mT, dA, dB, dC, dD, dz if z is None else dz.mT, dbias
+        with suppress(cuda.NotCompiledError):
+            scan = sequence.Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+            du, ddelta, dz, dA, dB, dC, dD, dbias = scan.backward(*_channels_last(dy), states)
+            return du.mT, ddelta.mT, dA, dB, dC, dD, dz if z is None else dz.mT, dbias
     dy, u, delta, z = _channels_last(dy, u, delta, z)
     scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     du, ddelta, dz = (None if m is None else m.new_empty(m.shape) for m in (u, delta, z))

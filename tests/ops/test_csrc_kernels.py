@@ -119,3 +119,30 @@ def test_float16_takes_weights_beyond_its_range(kernels):
     expected = cross_selective_scan_ref(**to_float64(inputs), paths=ScanPaths(("h", "v"), (4, 5)))
     assert kernels == ["scan_forward"]
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.fixture
+def broken(kernels, monkeypatch):
+    """Choose kernels that fail to compile."""
+    from visionssm.ops.kernels import cuda
+
+    compile_kernel = cuda.compile_kernel
+
+    def choose(*names):
+        def compile_or_fail(kernel, *case):
+            if kernel in names:
+                raise cuda.NotCompiledError(kernel)
+            return compile_kernel(kernel, *case)
+
+        monkeypatch.setattr(cuda, "compile_kernel", compile_or_fail)
+
+    return choose
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize(("fails", "serves"), [("scan_forward", "scan_backward"), ("scan_backward", "scan_forward")])
+def test_triton_serves_in_place_of_a_kernel_that_does_not_compile(kernels, broken, fails, serves, merge):
+    """One direction by Triton, the other from csrc: they keep the same states."""
+    broken(fails)
+    check((3, 5), CROSS, {"dtype": BF16, "rank": 3}, merge)
+    assert kernels == [serves]

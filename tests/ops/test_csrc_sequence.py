@@ -5,7 +5,7 @@ test_triton.py runs this file in an interpreting process of its own, as it does 
 
 import pytest
 import torch
-from test_csrc_kernels import BF16, DEVICE, F16, kernels, pytestmark  # noqa: F401
+from test_csrc_kernels import BF16, DEVICE, F16, broken, kernels, pytestmark  # noqa: F401
 
 from visionssm.ops import selective_scan, selective_scan_ref
 from visionssm.ops.testing import assert_within_budget, outputs_and_gradients, selective_scan_inputs, to_float64
@@ -126,3 +126,13 @@ def test_channels_last_maps_are_left_to_triton(kernels):  # noqa: F811
     inputs["u"] = inputs["u"].mT.contiguous().mT
     selective_scan(**inputs, delta_softplus=True, backend="triton")
     assert kernels == []
+
+
+@pytest.mark.parametrize("tiles_per_split", [1000, 1])
+@pytest.mark.parametrize(("fails", "serves"), [(FORWARD, BACKWARD), (BACKWARD, FORWARD)])
+def test_triton_serves_in_place_of_a_kernel_that_does_not_compile(kernels, broken, plan, fails, serves, tiles_per_split):  # noqa: F811
+    """One direction by Triton, the other from csrc: they keep the same states."""
+    plan(tiles_per_split=tiles_per_split)
+    broken(fails)
+    check(selective_scan_inputs(2, 24, 37, 4, groups=2, device=DEVICE, dtype=F16))
+    assert set(kernels) == {serves}

@@ -139,6 +139,29 @@ def test_no_nvrtc_is_told_once(monkeypatch):
     cuda._nvrtc_works.cache_clear()
 
 
+def test_a_kernel_that_does_not_compile_is_told_once(monkeypatch):
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import cuda
+
+    tried = []
+
+    def compile_kernel(source, kernel, nvcc_options):
+        tried.append(nvcc_options)
+        raise RuntimeError("Kernel compilation failed: no such intrinsic")
+
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", compile_kernel)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    case = ("scan_forward", ("-DRANK=-1",), torch.device("cuda", 0), 0)
+    with (
+        pytest.raises(cuda.NotCompiledError),
+        pytest.warns(RuntimeWarning, match=r"(?s)cannot compile scan_forward .*Triton kernels serve.*no such intrinsic"),
+    ):
+        cuda.compile_kernel(*case)
+    with pytest.raises(cuda.NotCompiledError):
+        cuda.compile_kernel(*case)
+    assert tried == [["-DRANK=-1"]]
+
+
 def test_the_kernels_can_be_turned_off(monkeypatch):
     pytest.importorskip("triton")
     from visionssm.ops.kernels import cuda

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from visionssm.ops import CROSS, cross_merge, cross_scan, cross_selective_scan_packed, selective_scan
-from visionssm.ops.testing import cross_selective_scan_inputs, pack, selective_scan_inputs
+from visionssm.ops import CROSS, backends, cross_merge, cross_scan, cross_selective_scan_packed, selective_scan
+from visionssm.ops.testing import cross_selective_scan_inputs, outputs_and_gradients, pack, selective_scan_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -74,6 +74,47 @@ def test_sequence_of_a_batch_that_fills_the_device_and_of_one_that_does_not():
     y = selective_scan(**t, delta_softplus=True)
     one = {k: m[:1] if k in ("u", "delta", "B", "C", "z") else m for k, m in t.items()}
     torch.testing.assert_close(y[:1], selective_scan(**one, delta_softplus=True), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("state", "dtype"), [(65, torch.float32), (2, torch.float64)])
+def test_the_slow_backend_compiles(state, dtype, dynamic):
+    t = selective_scan_inputs(1, 4, 5, state, dtype=torch.float32, device="cuda")
+    t["A"] = t["A"].to(dtype)
+    backends._warn_slow.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(selective_scan, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match=r"A (has 65 state variables|is torch\.float64)"):
+        y, last_state = compiled(**t, delta_softplus=True, return_last_state=True)
+    expected = selective_scan(**t, delta_softplus=True, return_last_state=True, backend="chunked")
+    torch.testing.assert_close((y, last_state), expected)
+
+
+@pytest.mark.parametrize("function", [cross_selective_scan_packed, selective_scan])
+def test_sources_that_nvrtc_refuses(monkeypatch, function):
+    """Every kernel of csrc is told of, once, and Triton serves, forward and backward."""
+    from visionssm.ops.kernels import cuda
+
+    if function is selective_scan:
+        inputs, options = selective_scan_inputs(64, 64, 96, 16, dtype=torch.bfloat16, device="cuda"), {"delta_softplus": True}
+        kernels = ("sequence_forward", "sequence_backward")
+    else:
+        inputs = pack(cross_selective_scan_inputs(64, (8, 8), 96, 1, CROSS, 6, dtype=torch.bfloat16, device="cuda"))
+        options, kernels = {"paths": CROSS}, ("scan_forward", "scan_backward")
+    monkeypatch.setenv("VISIONSSM_CSRC", "0")
+    expected = outputs_and_gradients(function, inputs, **options)
+    monkeypatch.setenv("VISIONSSM_CSRC", "1")
+    cuda._compiled.cache_clear()
+    monkeypatch.setattr(cuda, "source", lambda kernel: f"#error {kernel} is broken")
+    with pytest.warns(RuntimeWarning) as told:
+        actual = outputs_and_gradients(function, inputs, **options)
+    outputs_and_gradients(function, inputs, **options)
+    cuda._compiled.cache_clear()
+    assert len(told) == 2
+    for warning, kernel in zip(told, kernels, strict=True):
+        assert f"cannot compile {kernel} " in str(warning.message)
+        assert f"{kernel} is broken" in str(warning.message)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_sums_of_parts_beyond_32_bits():
