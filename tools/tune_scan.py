@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def rows(name: str, case: CudaCase, times: Callable[[Callable[[], object]], list
             row = {"case": name, "kernel": direction, "variant": words or "today"}
             try:
                 row |= {"difference": f"{differ(call(), expected):.1e}", "ms": f"{statistics.median(times(call)):.4f}"}
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, RuntimeWarning, TypeError) as error:
                 row |= {"difference": "", "ms": str(error).splitlines()[0][:120]}
             print(*row.values(), flush=True)
             yield row
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=FORWARD, default=list(FORWARD), metavar="CASE")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/tune_scan.csv"))
     arguments = parser.parse_args()
+    warnings.simplefilter("error", RuntimeWarning)  # or Triton would be timed in place of a kernel that does not compile
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
