@@ -1,8 +1,7 @@
-"""Time the variants of the CUDA C++ scan kernels: `python tools/tune_scan.py [--cases ss2d-1 ... mamba-4] [--out FILE]`.
+"""Time the variants of the CUDA C++ scan kernels: `python tools/tune_scan.py [--stages 1 2 3 4] [--out benchmarks/NAME.csv]`.
 
-In bfloat16: the whole core (x projection, scan, merge) at VMamba-T's stages, and `selective_scan` at benchmark_ops.py's shapes.
-Forward for a variant of the forward; forward and backward for one of the backward, beside today's forward. Every variant's result
-and gradients are compared with today's first.
+The whole core (x projection, scan, merge) at VMamba-T's stages in bfloat16: forward for a variant of the forward, forward and
+backward for one of the backward beside today's forward. Every variant's result and gradients are compared with today's first.
 """
 
 from __future__ import annotations
@@ -15,30 +14,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from benchmark_ops import MAMBA_SHAPES, SS2D_STAGES, CudaCase, graph_times, mamba_case, ss2d_case
+from benchmark_ops import SS2D_STAGES, CudaCase, graph_times, ss2d_case
 
-from visionssm.ops.kernels import cuda, sequence
-from visionssm.ops.kernels.common import STEPS
+from visionssm.ops.kernels import cuda
 
+TODAY = cuda.variant
 Options = dict[str, int | bool]
-COLUMNS = ("case", "kernel", "variant", "difference", "ms")
-TODAY = {"variant": cuda.variant, "forward": sequence.plan_forward, "backward": sequence.plan_backward}
+COLUMNS = ("stage", "kernel", "variant", "difference", "ms")
 
-# By case. For `ss2d` fields of cuda.Variant, for `mamba` those of sequence.Plan, with `splits` of the sequence.
-FORWARD: dict[str, list[Options]] = {
-    "ss2d-1": [
+# By stage.
+FORWARD: dict[int, list[Options]] = {
+    1: [
         {"channels": 96, "resident": 12},
         {"channels": 32, "resident": 16},
         {"channels": 64, "resident": 12, "each": 2},
     ],
-    "ss2d-2": [
+    2: [
         {"channels": 96, "resident": 15},
         {"channels": 96, "resident": 24},
         {"channels": 64, "resident": 24},
         {"channels": 64, "resident": 12, "each": 2},
         {"channels": 192, "resident": 12, "each": 2},
     ],
-    "ss2d-3": [
+    3: [
         {"channels": 128, "resident": 16},
         {"channels": 96, "resident": 24},
         {"channels": 128, "resident": 24},
@@ -46,7 +44,7 @@ FORWARD: dict[str, list[Options]] = {
         {"channels": 128, "resident": 12, "each": 2},
         {"channels": 192, "resident": 12, "each": 2},
     ],
-    "ss2d-4": [
+    4: [
         {"channels": 96, "resident": 15},
         {"channels": 128, "resident": 16},
         {"channels": 64, "resident": 16},
@@ -54,111 +52,40 @@ FORWARD: dict[str, list[Options]] = {
         {"channels": 128, "resident": 8, "each": 2},
         {"channels": 192, "resident": 9, "each": 2},
     ],
-    "mamba-1": [
-        {"channels": 128, "stage": 16, "together": 2},
-        {"channels": 128, "stage": 16, "together": 4},
-        {"channels": 64, "stage": 16, "together": 2},
-        {"channels": 32, "parts": 4, "stage": 32, "together": 2},
-    ],
-    "mamba-2": [
-        {"channels": 128, "stage": 16, "together": 2},
-        {"channels": 128, "stage": 16, "together": 4},
-        {"channels": 64, "stage": 16, "together": 2},
-    ],
-    "mamba-3": [
-        {"channels": 24, "parts": 16, "stage": 32},
-        {"channels": 24, "parts": 8, "stage": 32},
-        {"channels": 24, "parts": 8, "stage": 32, "together": 2},
-        {"channels": 12, "parts": 8, "stage": 32, "together": 2},
-        {"channels": 8, "parts": 8, "stage": 32, "together": 2},
-        {"channels": 16, "parts": 8, "stage": 32, "together": 2},
-        {"channels": 32, "parts": 8, "stage": 32, "together": 2},
-        {"channels": 24, "parts": 4, "stage": 32, "together": 2},
-        {"channels": 24, "parts": 4, "stage": 32, "together": 4},
-        {"channels": 16, "parts": 4, "stage": 32, "together": 2},
-        {"channels": 16, "parts": 4, "stage": 32, "together": 4},
-        {"channels": 8, "parts": 4, "stage": 32, "together": 4},
-        {"channels": 8, "parts": 4, "stage": 32, "together": 2},
-        {"channels": 32, "parts": 4, "stage": 32, "together": 2, "splits": 4},
-        {"channels": 128, "stage": 16, "together": 2, "splits": 16},
-        {"channels": 128, "stage": 16, "splits": 16},
-        {"channels": 32, "stage": 16, "together": 2, "splits": 16},
-        {"channels": 128, "stage": 16, "together": 2, "splits": 8},
-    ],
-    "mamba-4": [
-        {"channels": 128, "stage": 16, "together": 2, "splits": 64},
-        {"channels": 128, "stage": 16, "together": 2, "splits": 128},
-        {"channels": 8, "parts": 8, "stage": 32, "together": 2, "splits": 8},
-        {"channels": 24, "parts": 8, "stage": 32, "together": 2, "splits": 8},
-    ],
 }
-BACKWARD: dict[str, list[Options]] = {
-    "ss2d-1": [
+BACKWARD: dict[int, list[Options]] = {
+    1: [
         {"channels": 96, "resident": 12},
         {"channels": 96, "resident": 15},
         {"channels": 96, "resident": 12, "apart": True},
     ],
-    "ss2d-2": [
+    2: [
         {"channels": 96, "resident": 12},
         {"channels": 192, "resident": 12, "apart": True},
         {"channels": 64, "resident": 12},
     ],
-    "ss2d-3": [
+    3: [
         {"channels": 128, "resident": 12},
         {"channels": 128, "resident": 16},
         {"channels": 192, "resident": 12, "apart": True},
         {"channels": 64, "resident": 12},
     ],
-    "ss2d-4": [
+    4: [
         {"channels": 96, "resident": 9},
         {"channels": 64, "resident": 8},
         {"channels": 128, "resident": 8},
     ],
-    "mamba-1": [{"channels": 64, "stage": 16}],
-    "mamba-2": [{"channels": 64, "stage": 16}],
-    "mamba-3": [
-        {"channels": 128, "stage": 16, "splits": 8},
-        {"channels": 128, "stage": 16, "splits": 12},
-        {"channels": 128, "stage": 16, "splits": 16},
-        {"channels": 128, "stage": 16, "splits": 24},
-        {"channels": 128, "stage": 16, "splits": 32},
-        {"channels": 64, "stage": 16, "splits": 16},
-        {"channels": 32, "stage": 16, "splits": 16},
-        {"channels": 64, "stage": 16, "splits": 24},
-    ],
-    "mamba-4": [{"channels": 64, "stage": 16, "splits": 64}],
 }
 
 
-def make(case: str) -> CudaCase:
-    """The inputs of a case."""
-    table, row = case.split("-")
-    sizes = (SS2D_STAGES if table == "ss2d" else MAMBA_SHAPES)[int(row) - 1]
-    return ss2d_case(128, *sizes, torch.bfloat16) if table == "ss2d" else mamba_case(*sizes, torch.bfloat16)
-
-
-def plan(options: Options, length: int) -> sequence.Plan:
-    """The plan that `options` stand for: whole stages in every split."""
-    fields = {"parts": 1, **options}
-    splits, stage = fields.pop("splits", 1), fields["stage"] // STEPS
-    stages = -(-length // fields["stage"])
-    return sequence.Plan(**fields, tiles_per_split=-(-stages // splits) * stage)
-
-
-def serve(direction: str, options: Options | None) -> None:
-    """Let a variant serve the forward or the backward from now on, today's all else; None for today's all."""
-    cuda.variant, sequence.plan_forward, sequence.plan_backward = TODAY.values()
-    if options is None:
-        return
-    if "resident" in options:
-        chosen = cuda.Variant(**options)
-        cuda.variant = lambda name, scan: chosen if name == f"scan_{direction}" else TODAY["variant"](name, scan)
-    else:
-        setattr(sequence, f"plan_{direction}", lambda *sizes: plan(options, sizes[3]))
+def serve(kernel: str, options: Options | None) -> None:
+    """Let a variant serve a kernel from now on, today's the other; None for today's both."""
+    chosen = options and cuda.Variant(**options)
+    cuda.variant = lambda name, scan: chosen if chosen and name == kernel else TODAY(name, scan)
 
 
 def calls(case: CudaCase) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
-    """What is timed in a direction: y alone, or y and every gradient."""
+    """What is timed for a kernel: y alone, or y and every gradient."""
     core = case.providers["csrc"]
 
     @torch.no_grad()
@@ -169,7 +96,7 @@ def calls(case: CudaCase) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
         y = core()
         return (y.detach(), *torch.autograd.grad(y, case.leaves, torch.ones_like(y)))
 
-    return {"forward": forward, "backward": both}
+    return {"scan_forward": forward, "scan_backward": both}
 
 
 def differ(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
@@ -178,18 +105,17 @@ def differ(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...])
     return max(((a.float() - e.float()).abs().max() / e.float().abs().max()).item() for a, e in pairs)
 
 
-def rows(name: str, case: CudaCase, times: Callable[[Callable[[], object]], list[float]]) -> Iterator[dict[str, object]]:
-    """Median times of today's kernels and of every variant in a case; one that fails says why in place of a time."""
-    for (direction, call), table in zip(calls(case).items(), (FORWARD, BACKWARD), strict=True):
-        serve(direction, None)
+def rows(stage: int, case: CudaCase, times: Callable[[Callable[[], object]], list[float]]) -> Iterator[dict[str, object]]:
+    """Median times of today's kernels and of every variant at a stage; one that fails says why in place of a time."""
+    for (kernel, call), table in zip(calls(case).items(), (FORWARD, BACKWARD), strict=True):
+        serve(kernel, None)
         expected = call()
-        for options in (None, *table[name]):
-            serve(direction, options)
-            words = " ".join(f"{key}={value}" for key, value in (options or {}).items())
-            row = {"case": name, "kernel": direction, "variant": words or "today"}
+        for options in (None, *table[stage]):
+            serve(kernel, options)
+            row = {"stage": stage, "kernel": kernel, "variant": " ".join(f"{k}={v}" for k, v in (options or {}).items()) or "today"}
             try:
                 row |= {"difference": f"{differ(call(), expected):.1e}", "ms": f"{statistics.median(times(call)):.4f}"}
-            except (RuntimeError, RuntimeWarning, TypeError) as error:
+            except (RuntimeError, RuntimeWarning) as error:
                 row |= {"difference": "", "ms": str(error).splitlines()[0][:120]}
             print(*row.values(), flush=True)
             yield row
@@ -199,15 +125,16 @@ def rows(name: str, case: CudaCase, times: Callable[[Callable[[], object]], list
 def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=FORWARD, default=list(FORWARD), metavar="CASE")
+    parser.add_argument("--stages", nargs="+", type=int, choices=FORWARD, default=list(FORWARD))
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/tune_scan.csv"))
     arguments = parser.parse_args()
     warnings.simplefilter("error", RuntimeWarning)  # or Triton would be timed in place of a kernel that does not compile
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for name in arguments.cases:
-            for row in rows(name, make(name), graph_times):
+        for stage in arguments.stages:
+            for row in rows(stage, ss2d_case(arguments.batch, *SS2D_STAGES[stage - 1], torch.bfloat16), graph_times):
                 writer.writerow(row)
                 file.flush()
 

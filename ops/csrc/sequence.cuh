@@ -1,8 +1,6 @@
 // What the scans over mamba's layout, maps (batch, dim, length) with N state variables, share. Beside those of device.cuh they take the
 // macros
-//   N   states of a channel;  STAGE  steps that are brought to shared memory at once;  HAS_Z  0 or 1
-//   CHANNELS, PARTS  channels of a block, and how many threads share the states of each: thread = part * CHANNELS + channel
-//   TOGETHER states that a thread of the forward walks at once: one's chain of products hides the other's
+//   N   states of a channel;  HAS_Z  0 or 1
 //   FULL     1 where the channels of a group are a multiple of those of a block
 //   SUMMARY  1 for a pass that finds out only what a split of the sequence hands on: its end from zero, and its sum of delta
 //
@@ -10,11 +8,10 @@
 // channels-last, is stored two bytes a lane as well, lanes along the channels. The scan runs in tiles of T steps, a channel a thread,
 // the loop over states outside, that over the steps inside: the steps are registers. delta comes times log2(e), and so B times ln(2).
 
-constexpr int READS = STAGE / PARTS;                               // a thread's share of a stage of a map
-constexpr int MATRIX_READS = (N * STAGE + THREADS - 1) / THREADS;     // and of B or C
-constexpr int ROWS = THREADS / STAGE;                                 // rows that are read at once
-constexpr int MATRIX_ROW = STAGE + 4;  // of B and C in shared memory: the rows that a warp reads at once do not share a bank
-static_assert(THREADS == CHANNELS * PARTS && STAGE % T == 0 && THREADS % STAGE == 0 && STAGE % PARTS == 0 && N % PARTS == 0, "");
+constexpr int CHANNELS = THREADS;                             // of a block
+constexpr int MATRIX_READS = (N * T + THREADS - 1) / THREADS;  // a thread's share of a tile of B or C; of a map it is T
+constexpr int ROWS = THREADS / T;                              // rows that are read at once
+constexpr int MATRIX_ROW = T + 4;  // of B and C in shared memory: the rows that a warp reads at once do not share a bank
 
 struct Work {  // of a block
     int k, split, batch;
@@ -28,34 +25,34 @@ DEVICE Work work_of(int channels, int groups, int splits) {
     return {rest % groups, rest / groups % splits, rest / groups / splits, first, left};
 }
 
-// A thread's share of a stage: always the same step, of every ROWS-th row. Beyond the last step it reads that one again.
-DEVICE const uint16 *share(const uint16 *map, int stride, int thread) { return map + thread / STAGE * stride; }
-DEVICE int share_step(int stage, int length, int thread) {
-    const int step = stage + thread % STAGE;
+// A thread's share of a tile: always the same step, of every ROWS-th row. Beyond the last step it reads that one again.
+DEVICE const uint16 *share(const uint16 *map, int stride, int thread) { return map + thread / T * stride; }
+DEVICE int share_step(int first, int length, int thread) {
+    const int step = first + thread % T;
     return step < length ? step : length - 1;
 }
 
-// Start reading a thread's share of a stage of rows first, first + 1, ..., of which there are `rows`; the caller takes care that all its
-// steps exist. Nothing is converted here, nor packed, so that the reads go on while another stage is computed. An address by one
+// Start reading a thread's share of a tile of rows first, first + 1, ..., of which there are `rows`; the caller takes care that all its
+// steps exist. Nothing is converted here, nor packed, so that the reads go on while another tile is computed. An address by one
 // multiplication: an index takes three instructions. WHOLE: no thread's share goes beyond the last row.
 template <bool WHOLE, int COUNT>
 DEVICE void read_rows(uint32 (&raw)[COUNT], const uint16 *from, int stride, int rows, int thread) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-        const bool real = WHOLE || thread / STAGE + i * ROWS < rows;
+        const bool real = WHOLE || thread / T + i * ROWS < rows;
         raw[i] = real ? *(const uint16 *)((const char *)from + (long long)i * (2 * ROWS * stride)) : 0u;
     }
 }
 
 DEVICE void read_matrix(uint32 (&raw)[MATRIX_READS], const uint16 *from, int stride, int thread) {
-    read_rows<N * STAGE % THREADS == 0>(raw, from, stride, N, thread);
+    read_rows<N * T % THREADS == 0>(raw, from, stride, N, thread);
 }
 
 DEVICE void write_matrix(float (&to)[N][MATRIX_ROW], const uint32 (&raw)[MATRIX_READS], float times, int thread) {
 #pragma unroll
     for (int i = 0; i < MATRIX_READS; i++) {
         const int e = thread + i * THREADS;
-        if (e < N * STAGE) to[e / STAGE][e % STAGE] = to_float((uint16)raw[i]) * times;
+        if (e < N * T) to[e / T][e % T] = to_float((uint16)raw[i]) * times;
     }
 }
 

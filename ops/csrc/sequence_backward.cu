@@ -5,7 +5,7 @@
 // channels (dB, dC) are complete for a block, sums over steps (dA, dD, dbias) for an image and split: the launcher adds up the rest in a
 // fixed order.
 
-constexpr int ROW = STAGE + 8;  // of a map in shared memory: lanes that read 16 bytes of their own rows do not share a bank
+constexpr int ROW = T + 8;  // of a map in shared memory: lanes that read 16 bytes of their own rows do not share a bank
 
 struct alignas(16) Shared {
     uint16 delta[CHANNELS][ROW], z[CHANNELS][ROW];
@@ -21,7 +21,6 @@ struct alignas(16) Shared {
 #endif
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
-static_assert(PARTS == 1 && CHANNELS == THREADS, "a thread of the backward has all states of its channel");
 
 // The 16-byte words of a thread's own row, eight steps each.
 DEVICE void load_row(float (&v)[T], const uint16 *row) {
@@ -35,10 +34,10 @@ DEVICE void load_row(float (&v)[T], const uint16 *row) {
 }
 
 DEVICE void copy_rows(uint16 (&to)[CHANNELS][ROW], const uint16 *from, int stride, int channels, int thread) {
-    uint32 raw[READS];
+    uint32 raw[T];
     read_rows<FULL>(raw, from, stride, channels, thread);
 #pragma unroll
-    for (int i = 0; i < READS; i++) to[thread / STAGE + i * ROWS][thread % STAGE] = (uint16)raw[i];
+    for (int i = 0; i < T; i++) to[thread / T + i * ROWS][thread % T] = (uint16)raw[i];
 }
 
 DEVICE void copy_matrix(float (&to)[N][MATRIX_ROW], const uint16 *from, int stride, float times, int thread) {
@@ -64,15 +63,15 @@ DEVICE void open_tile(float (&step)[T], float (&grad)[T], const uint16 *delta_ro
 }
 
 #if SUMMARY
-DEVICE void walk_states(Shared &shared, const float (&step)[T], const float (&grad)[T], int from, int own) {
-#pragma unroll 1
+DEVICE void walk_states(Shared &shared, const float (&step)[T], const float (&grad)[T], int own) {
+#pragma unroll 4
     for (int n = 0; n < N; n++) {
         const float decay = shared.A[n][own];
         float carry = shared.carry[n][own];
 #pragma unroll
         for (int t = T - 4; t >= 0; t -= 4) {
             float c[4];
-            load_four(c, &shared.C[n][from + t]);
+            load_four(c, &shared.C[n][t]);
 #pragma unroll
             for (int i = 3; i >= 0; i--) carry = exp2_fast(step[t + i] * decay) * (grad[t + i] * c[i] + carry);
         }
@@ -84,7 +83,7 @@ DEVICE void walk_states(Shared &shared, const float (&step)[T], const float (&gr
 // thread's channel of those at the tile's start; B came times ln(2).
 DEVICE void walk_states(
     Shared &shared, float (&through_b)[T], float (&through_a)[T], float (&y)[T], const float (&step)[T], const float (&input)[T],
-    const float *states, int stride, bool real, int from, int own) {
+    const float *states, int stride, bool real, int own) {
     const int lane = own % 32;
     float next = real ? *states : 0.f;
 #pragma unroll 1
@@ -96,7 +95,7 @@ DEVICE void walk_states(
 #pragma unroll
         for (int t = 0; t < T; t += 4) {
             float b[4];
-            load_four(b, &shared.B[n][from + t]);
+            load_four(b, &shared.B[n][t]);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 a[t + i] = exp2_fast(step[t + i] * decay);
@@ -112,8 +111,8 @@ DEVICE void walk_states(
         for (int t = T - 4; t >= 0; t -= 4) {
             float b[4], c[4], grad[4];
             load_four(grad, &shared.grad[own][t]);
-            load_four(b, &shared.B[n][from + t]);
-            load_four(c, &shared.C[n][from + t]);
+            load_four(b, &shared.B[n][t]);
+            load_four(c, &shared.C[n][t]);
 #pragma unroll
             for (int i = 3; i >= 0; i--) {
                 const int s = t + i;
@@ -206,32 +205,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
 #endif
 
     for (int tile = end - 1; tile >= begin; tile--) {
-        const int from = tile % (STAGE / T) * T, first_step = tile * T;
+        const int first_step = tile * T;
         const int steps = length - first_step < T ? length - first_step : T;
         __syncthreads();  // the last tile's sums are stored
-        if (tile == end - 1 || from == STAGE - T) {
-            const int read = share_step(first_step - from, length, thread);
-            copy_rows(shared.delta, delta + read, delta_row, work.left, thread);
-            if (HAS_Z) copy_rows(shared.z, z + read, z_row, work.left, thread);
-            copy_matrix(shared.C, C + read, C_row, 1.f, thread);
+        const int read = share_step(first_step, length, thread);
+        copy_rows(shared.delta, delta + read, delta_row, work.left, thread);
+        if (HAS_Z) copy_rows(shared.z, z + read, z_row, work.left, thread);
+        copy_matrix(shared.C, C + read, C_row, 1.f, thread);
 #if !SUMMARY
-            copy_rows(shared.u, u + read, u_row, work.left, thread);
-            copy_matrix(shared.B, B + read, B_row, LN2, thread);
+        copy_rows(shared.u, u + read, u_row, work.left, thread);
+        copy_matrix(shared.B, B + read, B_row, LN2, thread);
 #endif
-        }
         float step[T], grad[T];
         const uint16 *grads = dy + (long long)first_step * dy_step;
 #pragma unroll
         for (int t = 0; t < T; t++) grad[t] = real && t < steps ? to_float(*(const uint16 *)((const char *)grads + (long long)t * (2 * dy_step))) : 0.f;
         __syncthreads();
-        open_tile(step, grad, &shared.delta[own][from], &shared.z[own][from], own_bias);
+        open_tile(step, grad, shared.delta[own], shared.z[own], own_bias);
 #if SUMMARY
 #pragma unroll
         for (int t = 0; t < T; t++) total += t < steps ? step[t] : 0.f;
-        walk_states(shared, step, grad, from, own);
+        walk_states(shared, step, grad, own);
 #else
         float input[T], through_b[T], through_a[T], y[T];
-        load_row(input, &shared.u[own][from]);
+        load_row(input, shared.u[own]);
 #pragma unroll
         for (int t = 0; t < T; t++) {
             input[t] *= step[t];
@@ -239,14 +236,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
             through_b[t] = through_a[t] = y[t] = 0.f;
         }
         walk_states(
-            shared, through_b, through_a, y, step, input, states + (long long)tile * N * channels, channels, real, from, own);
+            shared, through_b, through_a, y, step, input, states + (long long)tile * N * channels, channels, real, own);
         grads = afresh(grads);
         float value[T], v[T], gate[T];
         char *const to_du = (char *)(du + (long long)first_step * dim), *const to_dz = (char *)(dz + (long long)first_step * dim);
         char *const to_ddelta = (char *)(ddelta + (long long)first_step * dim);
-        load_row(value, &shared.u[own][from]);
-        load_row(v, &shared.delta[own][from]);
-        if (HAS_Z) load_row(gate, &shared.z[own][from]);
+        load_row(value, shared.u[own]);
+        load_row(v, shared.delta[own]);
+        if (HAS_Z) load_row(gate, shared.z[own]);
 #pragma unroll
         for (int t = 0; t < T; t++) {
             float slope = LOG2E;

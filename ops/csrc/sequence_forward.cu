@@ -1,30 +1,25 @@
 // The forward scan over mamba's layout.
 //
-// The threads that read a stage also work out what each of its elements needs once (delta, delta u, D u, silu(z)), the warps then run
-// the states. Where several warps share the states of a channel, their parts of y meet in shared memory.
-
-constexpr int SIDE_BY_SIDE = TOGETHER;  // a pragma takes no macro
+// The threads that read a tile also work out what each of its elements needs once (delta, delta u, D u, silu(z)); a thread then runs the
+// states of its channel, four side by side, so that one's chain of products does not wait for the other's.
 
 struct alignas(16) Shared {
     float B[N][MATRIX_ROW], C[N][MATRIX_ROW];
     float A[N][CHANNELS], h[N][CHANNELS];
-    float2 steps[STAGE][CHANNELS + 1];  // delta, delta u
+    float2 steps[T][CHANNELS + 1];  // delta, delta u
 #if !SUMMARY
-    float2 gates[STAGE][CHANNELS + 1];  // D u, silu(z)
-#if PARTS > 1
-    float y[PARTS][(STAGE + 1) * CHANNELS];  // padded so that the parts of a warp do not share a bank
-#endif
+    float2 gates[T][CHANNELS + 1];  // D u, silu(z)
 #endif
     float2 parameters[CHANNELS];  // bias, D
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
 
 DEVICE void write_steps(
-    Shared &shared, const uint32 (&u)[READS], const uint32 (&delta)[READS], const uint32 (&z)[READS], bool inside, int thread) {
-    const int t = thread % STAGE;
+    Shared &shared, const uint32 (&u)[T], const uint32 (&delta)[T], const uint32 (&z)[T], bool inside, int thread) {
+    const int t = thread % T;
 #pragma unroll
-    for (int i = 0; i < READS; i++) {
-        const int c = thread / STAGE + i * ROWS;
+    for (int i = 0; i < T; i++) {
+        const int c = thread / T + i * ROWS;
         const float2 parameters = shared.parameters[c];
         const float value = to_float((uint16)u[i]);
         float v = to_float((uint16)delta[i]) * LOG2E + parameters.x, unused;
@@ -49,8 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
     int B_group, int B_row, int C_batch, int C_group, int C_row) {
     SHARED(shared);
     const Work work = work_of(channels, groups, splits);
-    const int thread = threadIdx.x, own = thread % CHANNELS;  // the thread's channel of the block
-    const int part = thread / CHANNELS, first_state = part * (N / PARTS);
+    const int thread = threadIdx.x, own = thread;  // its channel of the block
     const bool real = FULL || own < work.left;
     const int dim = groups * channels, c = work.k * channels + work.first_channel;  // the block's first channel of all
     const int begin = work.split * tiles_per_split;
@@ -67,14 +61,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
     states += (path * (SUMMARY ? splits : tiles) + slot) * N * channels + work.first_channel + own;
 
     load_decay(shared.A, A + (long long)c * N, work.left, thread);
-    for (int e = thread; e < CHANNELS; e += THREADS)
-        shared.parameters[e] = {HAS_BIAS && e < work.left ? bias[c + e] * LOG2E : 0.f, HAS_D && e < work.left ? D[c + e] : 0.f};
+    shared.parameters[own] = {HAS_BIAS && real ? bias[c + own] * LOG2E : 0.f, HAS_D && real ? D[c + own] : 0.f};
 #pragma unroll
-    for (int n = first_state; n < first_state + (N / PARTS); n++)
+    for (int n = 0; n < N; n++)
         shared.h[n][own] = !SUMMARY && work.split > 0 && real ? states[n * channels] : 0.f;
-    uint32 raw_u[READS], raw_delta[READS], raw_z[READS], raw_B[MATRIX_READS], raw_C[MATRIX_READS];
-    auto read = [&](int stage) {
-        const int step = share_step(stage, length, thread);
+    uint32 raw_u[T], raw_delta[T], raw_z[T], raw_B[MATRIX_READS], raw_C[MATRIX_READS];
+    auto read = [&](int tile) {
+        const int step = share_step(tile * T, length, thread);
         read_rows<FULL>(raw_u, u + step, u_row, work.left, thread);
         read_rows<FULL>(raw_delta, delta + step, delta_row, work.left, thread);
         read_matrix(raw_B, B + step, B_row, thread);
@@ -82,80 +75,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
         if (HAS_Z) read_rows<FULL>(raw_z, z + step, z_row, work.left, thread);
         read_matrix(raw_C, C + step, C_row, thread);
     };
-    read(begin * T);
+    read(begin);
     float total = 0.f;
-    for (int stage = begin; stage < end; stage += STAGE / T) {
-        __syncthreads();  // the last stage is read, the parameters are written
-        write_steps(shared, raw_u, raw_delta, raw_z, stage * T + thread % STAGE < length, thread);
+    for (int tile = begin; tile < end; tile++) {
+        __syncthreads();  // the last tile is read, the parameters are written
+        write_steps(shared, raw_u, raw_delta, raw_z, tile * T + thread % T < length, thread);
         write_matrix(shared.B, raw_B, LN2, thread);
         if (!SUMMARY) write_matrix(shared.C, raw_C, 1.f, thread);
         __syncthreads();
-        if (stage + STAGE / T < end) read((stage + STAGE / T) * T);
+        if (tile + 1 < end) read(tile + 1);
 
-        const int steps = real ? length - stage * T : 0;
-        auto store = [&](int t, float v) {
-            if (t < steps) *(uint16 *)((char *)y + (long long)t * (2 * dim)) = to_map(v);
-        };
-        for (int from = 0; from < STAGE && stage + from / T < end; from += T) {
-            float step[T], input[T], out[T];
+        float step[T], input[T], out[T];
 #pragma unroll
-            for (int t = 0; t < T; t++) {
-                const float2 v = shared.steps[from + t][own];
-                step[t] = v.x;
-                input[t] = v.y;
-                out[t] = 0.f;
-                if (SUMMARY) total += v.x;
-            }
-#pragma unroll SIDE_BY_SIDE
-            for (int n = first_state; n < first_state + (N / PARTS); n++) {
-                const float decay = shared.A[n][own];
-                float h = shared.h[n][own];
-                if (!SUMMARY && real) states[n * channels] = h;
+        for (int t = 0; t < T; t++) {
+            const float2 v = shared.steps[t][own];
+            step[t] = v.x;
+            input[t] = v.y;
+            out[t] = 0.f;
+            if (SUMMARY) total += v.x;
+        }
+#pragma unroll 4
+        for (int n = 0; n < N; n++) {
+            const float decay = shared.A[n][own];
+            float h = shared.h[n][own];
+            if (!SUMMARY && real) states[n * channels] = h;
 #pragma unroll
-                for (int t = 0; t < T; t += 4) {
-                    float b[4], c[4];
-                    load_four(b, &shared.B[n][from + t]);
-                    if (!SUMMARY) load_four(c, &shared.C[n][from + t]);
+            for (int t = 0; t < T; t += 4) {
+                float b[4], c[4];
+                load_four(b, &shared.B[n][t]);
+                if (!SUMMARY) load_four(c, &shared.C[n][t]);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        h = exp2_fast(step[t + i] * decay) * h + input[t + i] * b[i];
-                        if (!SUMMARY) out[t + i] += h * c[i];
-                    }
+                for (int i = 0; i < 4; i++) {
+                    h = exp2_fast(step[t + i] * decay) * h + input[t + i] * b[i];
+                    if (!SUMMARY) out[t + i] += h * c[i];
                 }
-                shared.h[n][own] = h;
             }
-            if (!SUMMARY) states += (long long)N * channels;
+            shared.h[n][own] = h;
+        }
 #if !SUMMARY
+        states += (long long)N * channels;
+        const int steps = real ? length - tile * T : 0;
 #pragma unroll
-            for (int t = 0; t < T; t++) {
-#if PARTS > 1
-                shared.y[part][(from + t) * CHANNELS + own] = out[t];
-#else
-                const float2 gate = shared.gates[from + t][own];
-                store(from + t, (out[t] + gate.x) * gate.y);
-#endif
-            }
-#endif
-        }
-#if !SUMMARY && PARTS > 1
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < READS; i++) {  // a thread's share of the stage again, now with lanes along the channels
-            const int t = part * READS + i;
+        for (int t = 0; t < T; t++) {
             const float2 gate = shared.gates[t][own];
-            float sum = gate.x;
-#pragma unroll
-            for (int w = 0; w < PARTS; w++) sum += shared.y[w][t * CHANNELS + own];
-            store(t, sum * gate.y);
+            if (t < steps) *(uint16 *)((char *)y + (long long)t * (2 * dim)) = to_map((out[t] + gate.x) * gate.y);
         }
+        y += (long long)T * dim;
 #endif
-        y += (long long)STAGE * dim;
     }
     if (!real) return;
-    if (SUMMARY && part == 0) totals[(path * splits + work.split) * channels + work.first_channel + own] = total * LN2;
+    if (SUMMARY) totals[(path * splits + work.split) * channels + work.first_channel + own] = total * LN2;
     if (SUMMARY || (LAST && end == tiles)) {
 #pragma unroll
-        for (int n = first_state; n < first_state + (N / PARTS); n++) {
+        for (int n = 0; n < N; n++) {
             if (SUMMARY) states[n * channels] = shared.h[n][own];
             else last[((long long)work.batch * dim + c + own) * N + n] = shared.h[n][own];
         }

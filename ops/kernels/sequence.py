@@ -29,34 +29,21 @@ class Plan:
     """How the work of a kernel is cut up."""
 
     channels: int
-    """Of a block."""
-    parts: int
-    """Threads that share the states of a channel."""
-    stage: int
-    """Steps that are read at once."""
+    """Of a block, a thread each."""
     tiles_per_split: int
-    """Whole stages if `parts` > 1. A sequence is split only where it must be to fill the device: it is then scanned twice."""
-    together: int = 1
-    """States that a thread of the forward walks at once."""
+    """A sequence is split only where it must be to fill the device: it is then scanned twice."""
 
     @property
     def warps(self) -> int:
-        return self.channels * self.parts // 32
+        return self.channels // 32
 
 
-def plan_forward(batch: int, groups: int, channels: int, length: int, n: int, processors: int) -> Plan:
-    """A thread has all states of its channel if that fills half of the device, or one of 16 if that does; else there are splits."""
-    room, sequences, tiles = _RESIDENT * processors, groups * batch, -(-length // STEPS)
-    warps, fine_warps = -(-channels // 32) * sequences, -(-channels // 8) * sequences * 4
-    if n % 16 == 0 and 2 * warps < room <= 2 * fine_warps:
-        return Plan(8, 16, 32, tiles)
-    return Plan(_block(channels), 1, 16, _per_split(tiles, room // warps if 2 * warps < room else 1))
-
-
-def plan_backward(batch: int, groups: int, channels: int, length: int, n: int, processors: int) -> Plan:
-    """A thread has all states of its channel; sequences are split if there are too few channels to fill the device."""
-    splits = _RESIDENT * processors // (-(-channels // 32) * groups * batch)
-    return Plan(_block(channels), 1, 16, _per_split(-(-length // STEPS), max(splits, 1)))
+def plan(batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
+    """Blocks as large as can be, for they share B and C, with as few idle lanes as can be; as many splits as run at once."""
+    block = min((128, 64, 32), key=lambda block: -channels % block)
+    warps, tiles = -(-channels // 32) * groups * batch, -(-length // STEPS)
+    splits = max(_RESIDENT * processors // warps, 1)
+    return Plan(block, max(-(-tiles // splits), 2))
 
 
 def suits(tensors: tuple[Tensor | None, ...], A: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
@@ -94,26 +81,18 @@ class Sequence:
         self.groups, self.n = self.B.shape[1], self.A.shape[1]
         self.channels = dim // self.groups
         self.tiles = -(-self.length // STEPS)
-
-    def splits(self, plan: Plan) -> int:
-        return -(-self.tiles // plan.tiles_per_split)
-
-    def ends_and_totals(self, splits: int) -> tuple[Tensor, Tensor]:
-        """Room for the end of every split (batch, groups, splits, N, channels), and for its sum of delta."""
-        shape = (self.batch, self.groups, splits)
-        return tuple(self.u.new_empty((*shape, *rest, self.channels), dtype=torch.float32) for rest in ((self.n,), ()))
+        self.plan = plan(self.batch, self.groups, self.channels, self.length, cuda.processors(self.u.device))
+        self.blocks = -(-self.channels // self.plan.channels)
+        self.splits = -(-self.tiles // self.plan.tiles_per_split)
 
     def forward(self, y: Tensor, states: Tensor, last: Tensor) -> None:
         """Write y (batch, length, dim), the states before every tile (launch.states_shape), and the last state if it has room."""
-        plan = plan_forward(*self._size())
-        splits = self.splits(plan)
-        if splits > 1:
-            ends, totals = self.ends_and_totals(splits)
-            self._launch("sequence_forward", plan, [y, ends, last, totals], [], SUMMARY=1, LAST=0)
-            carry_splits(
-                ends, totals, self._decays(), states, states.stride(1), plan.tiles_per_split * states.stride(2), reverse=False
-            )
-        self._launch("sequence_forward", plan, [y, states, last, states], [], SUMMARY=0, LAST=int(last.numel() > 0))
+        if self.splits > 1:
+            ends, totals = self._ends_and_totals()
+            self._launch("sequence_forward", [y, ends, last, totals], [], SUMMARY=1, LAST=0)
+            stride = self.plan.tiles_per_split * states.stride(2)
+            carry_splits(ends, totals, self._decays(), states, states.stride(1), stride, reverse=False)
+        self._launch("sequence_forward", [y, states, last, states], [], SUMMARY=0, LAST=int(last.numel() > 0))
 
     def backward(self, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]:
         """From dy (batch, length, dim), channels adjacent, and the forward's states to every gradient.
@@ -123,35 +102,34 @@ class Sequence:
         """
         u = self.u
         dy = dy if 2 * max(dy.stride()) < _LARGEST else dy.contiguous()
-        plan = plan_backward(*self._size())
-        splits, blocks = self.splits(plan), -(-self.channels // plan.channels)
         du, ddelta, dz = (u.new_empty((0,) if m is None else dy.shape) for m in (u, self.delta, self.z))
-        parts = u.new_empty((blocks, 2, *self.B.shape), dtype=torch.float32)
+        parts = u.new_empty((self.blocks, 2, *self.B.shape), dtype=torch.float32)
         widths = [0 if p is None else p.numel() for p in (self.A, self.D, self.bias)]
-        sums = u.new_empty((self.batch * splits, sum(widths)), dtype=torch.float32)
-        carry, totals = self.ends_and_totals(splits)
+        sums = u.new_empty((self.batch * self.splits, sum(widths)), dtype=torch.float32)
+        carry, totals = self._ends_and_totals()
         tensors = [dy, states, du, ddelta, dz, parts, *sums.split(widths, dim=1)]
         sizes = [dy.stride(0), dy.stride(1), self.batch, sums.stride(0)]
-        if splits > 1:
-            ends, _ = self.ends_and_totals(splits)
-            self._launch("sequence_backward", plan, [*tensors, ends, totals], sizes, SUMMARY=1)
+        if self.splits > 1:
+            ends, _ = self._ends_and_totals()
+            self._launch("sequence_backward", [*tensors, ends, totals], sizes, SUMMARY=1)
             carry_splits(ends, totals, self._decays(), carry, carry.stride(1), carry.stride(2), reverse=True)
-        self._launch("sequence_backward", plan, [*tensors, carry, totals], sizes, SUMMARY=0)
-        dB, dC = (parts[0] if blocks == 1 else parts.sum(0)).to(u.dtype)
+        self._launch("sequence_backward", [*tensors, carry, totals], sizes, SUMMARY=0)
+        dB, dC = (parts[0] if self.blocks == 1 else parts.sum(0)).to(u.dtype)
         dA, dD, dbias = (g if g.numel() else u.new_empty(0) for g in sums.sum(0).split(widths))
         return du, ddelta, dz, dA.view(self.A.shape), dB, dC, dD, dbias
 
-    def _size(self) -> tuple[int, ...]:
-        return self.batch, self.groups, self.channels, self.length, self.n, cuda.processors(self.u.device)
+    def _ends_and_totals(self) -> tuple[Tensor, Tensor]:
+        """Room for the end of every split (batch, groups, splits, N, channels), and for its sum of delta."""
+        shape = (self.batch, self.groups, self.splits)
+        return tuple(self.u.new_empty((*shape, *rest, self.channels), dtype=torch.float32) for rest in ((self.n,), ()))
 
     def _decays(self) -> Tensor:
         """A as (groups, N, channels)."""
         return self.A.unflatten(0, (self.groups, -1)).mT.contiguous()
 
-    def _launch(self, kernel: str, plan: Plan, tensors: list[Tensor], more: list[int], **flags: int) -> None:
+    def _launch(self, kernel: str, tensors: list[Tensor], more: list[int], **flags: int) -> None:
         """Run a kernel, compiled for this case; an operand that is None is never read."""
-        u = self.u
-        blocks, splits = -(-self.channels // plan.channels), self.splits(plan)
+        u, plan = self.u, self.plan
         macros = {
             **shape_macros(self.n, plan), "BF16": int(u.dtype == torch.bfloat16),
             "FULL": int(self.channels % plan.channels == 0), "HAS_D": int(self.D is not None),
@@ -162,10 +140,10 @@ class Sequence:
         options = tuple(f"-D{name}={value}" for name, value in (macros | {"SHARED_BYTES": shared_bytes}).items())
         compiled = cuda.compile_kernel(kernel, options, u.device, shared_bytes)
         operands = [u, self.delta, self.z, self.B, self.C, self.A, self.D, self.bias]
-        sizes = [self.length, self.channels, self.groups, self.tiles, plan.tiles_per_split, splits]
+        sizes = [self.length, self.channels, self.groups, self.tiles, plan.tiles_per_split, self.splits]
         strides = [s for m in (u, self.delta, self.z) for s in ((0, 0) if m is None else m.stride()[:2])]
         strides += [s for m in (self.B, self.C) for s in m.stride()[:3]]
-        grid = (blocks * self.groups * splits * self.batch, 1, 1)
+        grid = (self.blocks * self.groups * self.splits * self.batch, 1, 1)
         pointers = [self.A if t is None else t for t in (*operands, *tensors)]
         with torch.cuda.device(u.device if u.is_cuda else -1):
             compiled(grid, (32 * plan.warps, 1, 1), [*pointers, *sizes, *strides, *more], shared_bytes)
@@ -173,30 +151,15 @@ class Sequence:
 
 def shape_macros(n: int, plan: Plan) -> dict[str, int]:
     """What a kernel of N states is compiled for by its plan."""
-    return {
-        "N": n, "CHANNELS": plan.channels, "PARTS": plan.parts, "WARPS": plan.warps, "STAGE": plan.stage,
-        "TOGETHER": plan.together, "BLOCKS": max(1, _RESIDENT // plan.warps),
-    }  # fmt: skip
+    return {"N": n, "WARPS": plan.warps, "BLOCKS": _RESIDENT // plan.warps}
 
 
 def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
     """Size of csrc's `Shared`, which asserts it."""
-    n, stage, full, channels = macros["N"], macros["STAGE"], 1 - macros["SUMMARY"], macros["CHANNELS"]
-    matrices, parameters = 4 * n * (stage + 4), 4 * n * channels
+    n, warps, full = macros["N"], macros["WARPS"], 1 - macros["SUMMARY"]
+    channels = 32 * warps
+    matrices, parameters = 4 * n * (STEPS + 4), 4 * n * channels
     if kernel == "sequence_backward":
-        rows, sums = 2 * (stage + 8) * channels, 8 * STEPS * n * macros["WARPS"]
-        grad = 4 * (STEPS + 4) * channels
+        rows, sums, grad = 2 * (STEPS + 8) * channels, 8 * STEPS * n * warps, 4 * (STEPS + 4) * channels
         return (2 + full) * (rows + parameters) + (1 + full) * matrices + full * (grad + sums + 384)
-    steps = 8 * stage * (channels + 1)
-    y = 4 * macros["PARTS"] * (stage + 1) * channels if macros["PARTS"] > 1 else 0
-    return 2 * (matrices + parameters) + (1 + full) * steps + full * y + 8 * channels + 16
-
-
-def _block(channels: int) -> int:
-    """As few idle lanes as can be, in blocks as large as can be: they share B and C."""
-    return min((128, 64, 32), key=lambda block: -channels % block)
-
-
-def _per_split(tiles: int, splits: int) -> int:
-    """Tiles of a split, two at least."""
-    return max(-(-tiles // splits), 2)
+    return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (channels + 1) + 8 * channels + 16

@@ -17,17 +17,10 @@ FORWARD, BACKWARD = "sequence_forward", "sequence_backward"
 def plan(monkeypatch):
     """Cut up the work as a test wants it, whatever the device."""
 
-    def choose(channels=32, parts=1, stage=16, tiles_per_split=1000, together=1):
+    def choose(channels=32, tiles_per_split=1000):
         from visionssm.ops.kernels import sequence
 
-        def planned(*args):
-            return sequence.Plan(channels, parts, stage, tiles_per_split, together)
-
-        def planned_backward(*args):
-            return sequence.Plan(-(-channels // 32) * 32, 1, stage, tiles_per_split)
-
-        monkeypatch.setattr(sequence, "plan_forward", planned)
-        monkeypatch.setattr(sequence, "plan_backward", planned_backward)
+        monkeypatch.setattr(sequence, "plan", lambda *sizes: sequence.Plan(channels, tiles_per_split))
 
     return choose
 
@@ -66,18 +59,16 @@ def test_sequence(kernels, plan, sizes, options, softplus):  # noqa: F811
     assert kernels == [FORWARD, BACKWARD]
 
 
-@pytest.mark.parametrize(
-    ("channels", "parts", "stage", "together"), [(8, 16, 32, 1), (24, 8, 32, 2), (32, 8, 32, 1), (64, 2, 16, 4), (32, 1, 16, 2)]
-)
-def test_threads_that_share_the_states(kernels, plan, channels, parts, stage, together):  # noqa: F811
-    plan(channels, parts, stage, together=together)
+@pytest.mark.parametrize("channels", [32, 64, 128])
+def test_blocks(kernels, plan, channels):  # noqa: F811
+    plan(channels)
     check(selective_scan_inputs(1, 40, 69, 16, device=DEVICE, dtype=BF16))
     assert kernels == [FORWARD, BACKWARD]
 
 
-@pytest.mark.parametrize(("parts", "stage", "tiles_per_split"), [(1, 16, 1), (4, 32, 2), (1, 32, 4)])
-def test_split_sequence(kernels, plan, parts, stage, tiles_per_split):  # noqa: F811
-    plan(32, parts, stage, tiles_per_split)
+@pytest.mark.parametrize("tiles_per_split", [1, 2, 4])
+def test_split_sequence(kernels, plan, tiles_per_split):  # noqa: F811
+    plan(32, tiles_per_split)
     check(selective_scan_inputs(2, 24, 101, 8, groups=2, device=DEVICE, dtype=F16))
     assert kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]
 
