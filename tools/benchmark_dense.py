@@ -29,7 +29,7 @@ RUNS = {  # name: config, archive
     "segmentor from scratch": (SEGMENTOR, "camvid"),
     "segmentor ResNet-18": (PEER, "camvid"),
 }
-PRETRAINED = "segmentor"
+PRETRAINED = ("detector", "segmentor")  # what starts from given weights
 ON_TRAINING_IMAGES = (  # the detector's test, on the images that it has learned
     "test_dataloader.dataset.ann_file=annotations/instances_train2017.json",
     "test_dataloader.dataset.data_prefix.img=train2017/",
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", help="folder with coco_tiny.zip and camvid.zip")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="JSON file; default: benchmarks/dense_h200.json")
-    parser.add_argument("--pretrained", help="weights of a vmamba_nano for the segmentor; without, that run is left out")
+    parser.add_argument("--pretrained", help="weights of a vmamba_nano for the detector and the segmentor")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="which runs; default: all")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="changes to every config, e.g. train_cfg.max_epochs=1")
     parser.add_argument("--work-dir", type=Path, help="folder for logs and checkpoints; default: a temporary one")
@@ -63,7 +63,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         args.work_dir = args.work_dir or Path(scratch, "work")
-        names = [name for name in args.runs if args.pretrained or name != PRETRAINED]
+        names = [name for name in args.runs if args.pretrained or name != "segmentor"]  # or it would be that from scratch
         for archive in {RUNS[name][1] for name in names}:
             with zipfile.ZipFile(args.data / f"{archive}.zip") as file:
                 file.extractall(scratch)
@@ -80,7 +80,7 @@ def start(names: list[str], scratch: Path, args: argparse.Namespace) -> None:
         gpu = 0 if gpus < 2 or name == "detector" else 1 + number % (gpus - 1)
         out = scratch / f"{number}.json"
         command = [sys.executable, __file__, str(scratch), "-o", str(out), "--single", name, "--work-dir", str(args.work_dir)]
-        command += ["--pretrained", args.pretrained] if name == PRETRAINED else []
+        command += ["--pretrained", args.pretrained] if args.pretrained and name in PRETRAINED else []
         command += ["--seconds", str(args.seconds)] if args.seconds else []
         command += ["--cfg-options", *args.cfg_options] if args.cfg_options else []
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)} if gpus else os.environ
