@@ -169,6 +169,16 @@ def test_products_and_bounds(kind, include):
         assert_close(attention.row_bound(), sum(parts), **EXACT)
 
 
+@pytest.mark.parametrize("include", INCLUDES)
+def test_paths_one_after_the_other(kind, include, monkeypatch):
+    """Where one path's steps fill a block of memory, the paths are not pulled at once."""
+    tape, _ = recorded(kind)
+    attention = tape.attention(0).include(include)
+    together = attention.rows([0, "mean"], channels=slice(3))
+    monkeypatch.setattr("visionssm.explain.attention._BLOCK_ELEMENTS", 1)
+    assert_close(attention.rows([0, "mean"], channels=slice(3)), together, **EXACT)
+
+
 def test_paths_of_the_models():
     """What these tests call every path."""
     names = {name for _, arguments, _ in MODELS.values() for paths in arguments.get("paths", ()) for name in paths}
