@@ -149,6 +149,7 @@ def test_rows_are_autograd_rows(kind):
     assert_close(attention.rows(token, channels="all"), expected, **EXACT)
     assert_close(attention.rows([token, 0], channels=slice(1, 4))[:, 0], expected[:, 1:4], **EXACT)
     assert_close(attention.rows(token, channels=[2, 0]), expected[:, [2, 0]], **EXACT)
+    assert_close(attention.rows(token, channels=slice(2, None, -1)), expected[:, [2, 1, 0]], **EXACT)
     assert_close(attention.rows(token), expected.mean(1), **EXACT)
 
 

@@ -276,15 +276,13 @@ class Attention:
     def _channel_index(self, channels: Channels) -> Tensor | None:
         if channels is None:
             return None
-        every = torch.arange(self.channels, device=self._operands.A.device)
+        every = range(self.channels)
         if isinstance(channels, str):
-            if channels == "all":
-                return every
+            wanted = list(every) if channels == "all" else []
         elif isinstance(channels, slice):
-            if len(every[channels]):
-                return every[channels]
+            wanted = list(every[channels])
         else:
             wanted = channels if isinstance(channels, list) else [channels]
-            if all(type(c) is int and 0 <= c < self.channels for c in wanted) and wanted:
-                return every[wanted]
-        raise UserError(f'channels: got {channels!r}, expected None, "all", a slice or indices from 0 to {self.channels - 1}')
+        if not wanted or not all(type(c) is int and c in every for c in wanted):
+            raise UserError(f'channels: got {channels!r}, expected None, "all", a slice or indices from 0 to {self.channels - 1}')
+        return torch.tensor(wanted, device=self._operands.A.device)

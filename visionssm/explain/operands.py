@@ -249,10 +249,11 @@ def _(mixer: LocalVimMixer, x: Tensor, size: tuple[int, int]) -> ScanOperands:
 
 
 def _operands(mixer: nn.Module, x_dbl: Tensor, paths: ScanPaths, in_path_order: bool = False) -> ScanOperands:
-    A, D, weight, bias = A_from_log(mixer.A_logs), mixer.Ds, mixer.dt_projs_weight, mixer.dt_projs_bias
+    """Copies of the weights, which may change while an attention is in use."""
+    A = A_from_log(mixer.A_logs)
     dtype = torch.promote_types(x_dbl.dtype, A.dtype)  # at least float32
-    x_dbl, A, D, weight, bias = (m.detach().to(dtype) for m in (x_dbl, A, D, weight, bias))
-    return ScanOperands(x_dbl, A, D, paths, weight, bias, in_path_order=in_path_order)
+    D, weight, bias = (m.to(dtype, copy=True) for m in (mixer.Ds, mixer.dt_projs_weight, mixer.dt_projs_bias))
+    return ScanOperands(x_dbl.to(dtype), A.to(dtype), D, paths, weight, bias, in_path_order=in_path_order)
 
 
 @functools.singledispatch
@@ -281,7 +282,7 @@ def _(mixer: SS2D, operands: ScanOperands, x: Tensor) -> MixerFactors:
     left = mixer.out_norm.weight * (y.var(-1, unbiased=False, keepdim=True) + mixer.out_norm.eps).rsqrt()
     if z is not None:
         left = left * F.silu(z.flatten(1, 2))
-    return _factors(operands, right, left, mixer.conv2d.weight.squeeze(1).unsqueeze(0))
+    return _factors(operands, right, left, mixer.conv2d.weight.transpose(0, 1).clone())
 
 
 @mixer_factors.register
