@@ -149,6 +149,7 @@ def test_rows_are_autograd_rows(kind):
     assert_close(attention.rows(token, channels="all"), expected, **EXACT)
     assert_close(attention.rows([token, 0], channels=slice(1, 4))[:, 0], expected[:, 1:4], **EXACT)
     assert_close(attention.rows(token, channels=[2, 0]), expected[:, [2, 0]], **EXACT)
+    assert_close(attention.rows(token, channels=slice(2, None, -1)), expected[:, [2, 1, 0]], **EXACT)
     assert_close(attention.rows(token), expected.mean(1), **EXACT)
 
 
@@ -167,6 +168,16 @@ def test_products_and_bounds(kind, include):
     if include == "ssm" and kind == "vmamba":  # one state: the bound is the sum of magnitudes of every path and channel
         parts = [attention.direction(k).matrix(channels="all").abs().sum(-1).mean(-1) for k in range(4)]
         assert_close(attention.row_bound(), sum(parts), **EXACT)
+
+
+@pytest.mark.parametrize("include", INCLUDES)
+def test_paths_one_after_the_other(kind, include, monkeypatch):
+    """Where one path's steps fill a block of memory, the paths are not pulled at once."""
+    tape, _ = recorded(kind)
+    attention = tape.attention(0).include(include)
+    together = attention.rows([0, "mean"], channels=slice(3))
+    monkeypatch.setattr("visionssm.explain.attention._BLOCK_ELEMENTS", 1)
+    assert_close(attention.rows([0, "mean"], channels=slice(3)), together, **EXACT)
 
 
 def test_paths_of_the_models():

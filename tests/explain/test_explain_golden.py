@@ -63,8 +63,8 @@ def test_single_scan():
     operands = ScanOperands(
         steps, inputs["A"][None], inputs["D"][None], ScanPaths(("h",), (1, 20)), None, inputs["delta_bias"][None]
     )
-    gate = torch.nn.functional.silu(inputs["z"].mT)[:, None]
-    factors = MixerFactors(torch.ones(2, 1, 20, 4, dtype=torch.float64), gate, (lambda u: u.unsqueeze(1),))
+    right, taps = (torch.ones(shape, dtype=torch.float64) for shape in ((2, 1, 1, 20, 4), (1, 4, 1, 1)))
+    factors = MixerFactors(right, torch.nn.functional.silu(inputs["z"].mT), taps)
     attention = Attention(operands, TokenLayout((1, 20)), lambda: factors)
     for name, matrix in (("alpha", attention), ("alpha_gated_with_D", attention.include("mixer"))):
         actual = matrix.matrix(channels="all").permute(0, 2, 1, 3).contiguous().numpy()

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from visionssm.errors import UserError
 from visionssm.explain import attribution, raw, record, rollout, rollout_row
+from visionssm.explain.class_attribution import class_gradients, weighted_product
 from visionssm.explain.products import late_layer, to_finer_grid
 from visionssm.layers.patch_embed import ConvDownsample
 
@@ -191,6 +192,8 @@ def test_attribution_of_the_predicted_class():
         (torch.tensor([0, 7]), "target: class 7"),
         (torch.tensor([0, 1, 2]), "target: expected a class, or one for each of 2 images"),
         (0.5, "target: expected a class"),
+        ("cat", "target: expected a class, or one for each of 2 images, got 'cat'"),
+        ([None, 1], r"target: expected a class, or one for each of 2 images, got \[None, 1\]"),
     ):
         with pytest.raises(UserError, match=message):
             attribution(model, images, target)
@@ -199,6 +202,35 @@ def test_attribution_of_the_predicted_class():
         attribution(
             model.__class__(img_size=32, patch_size=4, depth=1, embed_dim=32, num_classes=0, global_pool=""), images.float()
         )
+
+
+def test_attribution_of_a_model_without_logits():
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, _ = build("vim")
+
+        def forward(self, images):
+            return {"logits": self.model(images)}
+
+    with pytest.raises(UserError, match=r"model: expected logits \(batch, classes\), got a dict"):
+        attribution(Wrapper(), build("vim")[1])
+
+
+def test_autocast_around_the_caller(kind):
+    """What follows from a recording and its gradients is rounded by no autocast."""
+    tape, layers, gradients = class_gradients(*build(kind, torch.float32), 1, start_layer=0)
+    large = [gradient / gradient.abs().mean() for gradient in gradients]
+
+    def maps():
+        mixer = rollout(tape, include="mixer", normalize=False)
+        return [weighted_product(tape, layers, large), rollout(tape), raw(tape, magnitude=True), mixer]
+
+    expected = maps()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = maps()
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 # --- the published shortcuts ------------------------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ def test_autocast(kind):
         paths = (tape.attention(0)._operands.paths,) if kind.startswith("local_vim") else ()
         x_dbl = layer.mixer.scan_inputs(layer.inputs[0], *paths)[1]
     assert x_dbl.dtype == torch.bfloat16
+    if paths:  # the row of steps of every path
+        x_dbl = x_dbl.transpose(1, 2).unsqueeze(1)
     assert torch.equal(tape.attention(0)._operands.x_dbl, x_dbl.float())
 
 
@@ -211,6 +213,7 @@ def test_bad_questions():
         (lambda: attention.include("skip"), "include: got 'skip', expected one of ssm, ssm"),
         (lambda: attention.rows(0, channels=320), "channels: got 320, expected"),
         (lambda: attention.rows(0, channels="mean"), "channels: got 'mean', expected"),
+        (lambda: attention.rows(0, channels=slice(320, None)), r"channels: got slice\(320, None, None\), expected"),
         (lambda: attention.matrix(block=0), "block: got 0, expected a number of rows from 1"),
         (lambda: attention.vector_product(torch.ones(2, 3)), r"vector: got \(2, 3\), expected \(batch, L\) = \(2, 36\)"),
         (lambda: attention.apply(torch.ones(2, 36, 3)), r"v: got \(2, 36, 3\), expected \(batch, L, E\) = \(2, 36, 320\)"),
@@ -264,6 +267,19 @@ def test_weights_that_change_before_the_factors_are_made():
         tape.layers[0].mixer.conv1d_weight.mul_(3)
     with pytest.raises(UserError, match="its weights have changed since it was recorded"):
         attention.rows(0)
+
+
+@pytest.mark.parametrize("include", INCLUDES)
+def test_weights_that_change_while_an_attention_is_in_use(kind, include):
+    model, images = build(kind, torch.float32)
+    with record(model) as tape, torch.no_grad():
+        model(images)
+    attention = tape.attention(0).include(include)
+    before = attention.rows([0, "mean"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(attention.rows([0, "mean"]), before)
 
 
 def test_a_model_made_in_inference_mode():

@@ -121,9 +121,10 @@ class Attention:
             UserError: no such path, or a name that occurs twice.
         """
         k = self._path_index(which)
-        operands, factors = self._operands.direction(k), self._factors
-        one = None if factors is None else functools.cache(lambda: factors().direction(k, operands))
-        return Attention(operands, self.layout, one, self._include)
+        one, factors = slice(k, k + 1), self._factors
+        operands = self._operands.some(one)
+        around = None if factors is None else functools.cache(lambda: factors().some(one, operands))
+        return Attention(operands, self.layout, around, self._include)
 
     def rows(self, tokens: Token | list[Token], channels: Channels = None) -> Tensor:
         """What tokens read.
@@ -187,10 +188,8 @@ class Attention:
         operands, v = self._operands, v.to(self._operands.A.dtype)
         with recomputation(operands.A):
             if self._include == "mixer":
-                return sum(
-                    factors.left.squeeze(1) * operands.scan(factors.right * factors.convolutions[0](v), skip=True, merge=True)
-                    for operands, factors in self._mixers()
-                )
+                factors = self._factors()
+                return factors.left * operands.scan(factors.before(operands.read(v)), skip=True, merge=True)
             return operands.scan(operands.read(v), skip=self._include == "ssm+skip", merge=True)
 
     def magnitude(self) -> Attention:
@@ -239,16 +238,6 @@ class Attention:
             raise UserError(f"direction: {which!r} {what}: {', '.join(known)}{did_you_mean(str(which), known)}")
         return names.index(which)
 
-    def _mixers(self) -> Iterator[tuple[ScanOperands, MixerFactors]]:
-        """The summands of a whole mixer: all paths at once where the same factors are around all, else each."""
-        factors = self._factors()
-        if factors.shared:
-            yield self._operands, factors
-            return
-        for k in range(len(self.paths)):
-            operands = self._operands.direction(k)
-            yield operands, factors.direction(k, operands)
-
     def _blocks(self, rows: Tensor | range, channels: Channels, block: int | None) -> Iterator[Tensor]:
         """Weights of rows, (rows, L), or the rows of these tokens, times the matrix, a few rows at a time."""
         chosen = self._channel_index(channels)
@@ -268,50 +257,32 @@ class Attention:
         def chosen(maps: Tensor) -> Tensor:
             return maps.mean(-1, keepdim=True) if channels is None else maps.index_select(-1, channels)
 
+        # Each path's steps are as large as the cotangent.
+        at_once, total = max(1, _BLOCK_ELEMENTS // cotangent.numel()), 0.0
         with recomputation(self._operands.A):
-            if self._include == "mixer":
-                total = chosen(sum(self._pull_mixer(*mixer, cotangent) for mixer in self._mixers()))
-            else:
-                skip = self._include == "ssm+skip"
-                groups = self._groups(self._operands, cotangent)
-                total = sum(some.put_back(chosen(some.scan_transposed(cotangent, skip))) for some in groups)
+            factors = self._factors() if self._include == "mixer" else None
+            if factors is not None:
+                cotangent = (factors.left.unsqueeze(1) * weights.unsqueeze(-1)).flatten(0, 1)
+            for first in range(0, len(self.paths), at_once):
+                some = slice(first, first + at_once)
+                operands = self._operands.some(some)
+                steps = operands.scan_transposed(cotangent, skip=self._include != "ssm")
+                if factors is not None:
+                    steps = factors.some(some, operands).before_transposed(steps)
+                total = total + operands.put_back(chosen(steps))
         total = total.squeeze(-1) if channels is None else total.mT
         return total.unflatten(0, (batch, count))
-
-    @staticmethod
-    def _groups(operands: ScanOperands, cotangent: Tensor) -> Iterator[ScanOperands]:
-        """The paths that are pulled at once, for each path's steps are as large as the cotangent."""
-        at_once = max(1, _BLOCK_ELEMENTS // cotangent.numel())
-        for first in range(0, len(operands.paths.names), at_once):
-            yield operands.some(slice(first, first + at_once))
-
-    def _pull_mixer(self, operands: ScanOperands, factors: MixerFactors, cotangent: Tensor) -> Tensor:
-        """The transposed map of a summand of `_mixers`, `(batch * count, L, E)` to the same."""
-        factors = factors.repeat(cotangent.shape[0] // self.batch)
-        scaled = factors.left.squeeze(1) * cotangent
-        if len(operands.paths.names) == 1:  # in the layout of the scan, which need not be that of the map
-            steps = operands.scan_transposed(scaled, skip=True)
-        else:
-            steps = sum(some.put_back(some.scan_transposed(scaled, skip=True)) for some in self._groups(operands, scaled))
-        (convolve,) = factors.convolutions
-        with torch.enable_grad():
-            u = torch.zeros_like(cotangent, memory_format=torch.contiguous_format).requires_grad_()
-            convolved = convolve(u)
-            (grad,) = torch.autograd.grad(convolved, u, factors.right * steps.reshape(convolved.shape))
-        return grad
 
     def _channel_index(self, channels: Channels) -> Tensor | None:
         if channels is None:
             return None
-        every = torch.arange(self.channels, device=self._operands.A.device)
+        every = range(self.channels)
         if isinstance(channels, str):
-            if channels == "all":
-                return every
+            wanted = list(every) if channels == "all" else []
         elif isinstance(channels, slice):
-            if len(every[channels]):
-                return every[channels]
+            wanted = list(every[channels])
         else:
             wanted = channels if isinstance(channels, list) else [channels]
-            if all(type(c) is int and 0 <= c < self.channels for c in wanted) and wanted:
-                return every[wanted]
-        raise UserError(f'channels: got {channels!r}, expected None, "all", a slice or indices from 0 to {self.channels - 1}')
+        if not wanted or not all(type(c) is int and c in every for c in wanted):
+            raise UserError(f'channels: got {channels!r}, expected None, "all", a slice or indices from 0 to {self.channels - 1}')
+        return torch.tensor(wanted, device=self._operands.A.device)

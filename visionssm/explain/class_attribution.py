@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from visionssm.errors import UserError
 
 from . import published
-from .attention import Attention
+from .attention import Attention, recomputation
 from .layout import Token
 from .products import before, last_row, late_layer, layer_range
 from .recording import Tape, record
@@ -65,7 +65,8 @@ def class_gradients(
         layers = layer_range(tape, late_layer(tape) if start_layer is None else start_layer, None)
         with _taps(tape, layers) as taps:
             logits = model(images.clone().requires_grad_())
-        chosen = logits.gather(1, check_target(logits, target).unsqueeze(1)).sum()
+        classes = check_target(logits, target)
+        chosen = logits.gather(1, classes.unsqueeze(1)).sum()
         wanted = [tap.stream if of_stream else tap.gated for tap in taps]
         return tape, layers, list(torch.autograd.grad(chosen, wanted))
 
@@ -89,13 +90,17 @@ def check_target(logits: Tensor, target: int | Tensor | None) -> Tensor:
     Raises:
         UserError: no logits, or a class that is not there.
     """
-    if logits.dim() != 2 or not logits.shape[1]:
-        raise UserError(f"model: expected logits (batch, classes), got {tuple(logits.shape)}; it needs a classifier")
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.shape[1]:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UserError(f"model: expected logits (batch, classes), got {got}; it needs a classifier")
     batch, classes = logits.shape
     if target is None:
         return logits.argmax(1)
-    index = torch.as_tensor(target, device=logits.device)
-    if index.is_floating_point() or index.dtype == torch.bool or index.shape not in ((), (batch,)):
+    try:
+        index = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError, RuntimeError):  # words, None among numbers, nested lists
+        index = None
+    if index is None or index.is_floating_point() or index.dtype == torch.bool or index.shape not in ((), (batch,)):
         raise UserError(f"target: expected a class, or one for each of {batch} images, got {target!r}")
     wrong = index[(index < 0) | (index >= classes)]
     if wrong.numel():
@@ -134,9 +139,11 @@ def _taps(tape: Tape, layers: range) -> Iterator[list[_Tap]]:
 
 def _positive_product(attention: Attention, row: Tensor, weight: Tensor, block: int | None) -> Tensor:
     """`row` (batch, L) times the positive part of diag(`weight`) attention."""
-    total, first = torch.zeros_like(row), 0
-    for rows in attention.blocks(block):
-        part = slice(first, first + rows.shape[1])
-        total += torch.einsum("bi,bij->bj", row[:, part], (weight[:, part, None] * rows).clamp_min_(0))
-        first = part.stop
+    first = 0
+    with recomputation(row):
+        total = torch.zeros_like(row)
+        for rows in attention.blocks(block):
+            part = slice(first, first + rows.shape[1])
+            total += torch.einsum("bi,bij->bj", row[:, part], (weight[:, part, None] * rows).clamp_min_(0))
+            first = part.stop
     return total

@@ -8,7 +8,6 @@ ever applied, by the library's operator.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +19,7 @@ from visionssm.layers.ss2d import SS2D
 from visionssm.layers.ssm_init import A_from_log
 from visionssm.layers.vim_mixer import VimMixer
 from visionssm.models.local_vim import LocalVimMixer, scan_paths
-from visionssm.ops import ScanPaths, cross_merge, cross_scan, cross_selective_scan, cross_selective_scan_packed
+from visionssm.ops import ScanPaths, cross_merge, cross_scan, cross_selective_scan_packed
 
 _SMALLEST_STEP = 1e-30  # it decays nothing, and what is divided by it is still a float32
 
@@ -29,16 +28,17 @@ _SMALLEST_STEP = 1e-30  # it decays nothing, and what is divided by it is still 
 class ScanOperands:
     """The K scans of one mixer on one batch, without what they scan; P positions, E channels, N states.
 
+    They lie on an H x W map: that of the image, or in the order of the paths a row of L' steps for each path.
+
     Args:
-        x_dbl: dt | B | C packed: `(batch, H, W, K, R + 2N)`, or `(batch, K, L', R + 2N)` in the order of the paths. float32 or
-            float64.
+        x_dbl: dt | B | C packed: `(batch, H, W, K, R + 2N)`. float32 or float64.
         A: `(K, E, N)`.
         D: `(K, E)`.
-        paths: the K paths.
+        paths: the K paths over the image.
         dt_weight: `(K, E, R)`, or None where dt comes at full width, R = E.
         dt_bias: `(K, E)` or None.
         dt_softplus: whether softplus is still to be applied to dt.
-        in_path_order: the layout of `x_dbl`. In the order of the paths padded steps hold values of their own.
+        in_path_order: the map is 1 x L', in the order of the paths. There padded steps hold values of their own.
     """
 
     x_dbl: Tensor
@@ -50,16 +50,19 @@ class ScanOperands:
     dt_softplus: bool = True
     in_path_order: bool = False
 
-    def direction(self, k: int) -> ScanOperands:
-        """Path `k` alone."""
-        return self.some(slice(k, k + 1))
+    @property
+    def walks(self) -> ScanPaths:
+        """The K paths over the map of `x_dbl`."""
+        return ScanPaths(("h",) * len(self.paths), (1, self.paths.length)) if self.in_path_order else self.paths
 
     def some(self, which: slice) -> ScanOperands:
         """Some of the paths."""
         paths = replace(self.paths, names=self.paths.names[which])
+        if len(paths) == len(self.paths):
+            return self
         return replace(
             self,
-            x_dbl=self.x_dbl[:, which, : paths.length] if self.in_path_order else self.x_dbl[:, :, :, which],
+            x_dbl=self.x_dbl[:, :, : paths.length if self.in_path_order else None, which],
             A=self.A[which],
             D=self.D[which],
             paths=paths,
@@ -80,29 +83,38 @@ class ScanOperands:
         return replace(self, x_dbl=torch.cat([delta, B, C], dim=-1), dt_weight=None, dt_bias=None, dt_softplus=False)
 
     def read(self, v: Tensor) -> Tensor:
-        """Positions `(batch, P, E)`, shared by all paths, in the layout that `scan` takes."""
-        return cross_scan(v, self.paths) if self.in_path_order else v.unflatten(1, self.paths.size)
+        """Positions `(batch, P, E)`, shared by all paths, on the map: `(batch, K or 1, H, W, E)`."""
+        return cross_scan(v, self.paths).unsqueeze(2) if self.in_path_order else v.unflatten(1, self.paths.size).unsqueeze(1)
+
+    def put_back(self, v: Tensor) -> Tensor:
+        """The adjoint of `read`, the paths summed: `(batch, K or 1, H, W, .)` -> positions `(batch, P, .)`."""
+        return (cross_merge(v.squeeze(2), self.paths) if self.in_path_order else v.sum(1)).flatten(1, -2)
 
     def scan(self, v: Tensor, skip: bool, merge: bool) -> Tensor:
         """Alpha v, or (alpha + D) v.
 
         Args:
-            v: from `read`, or one sequence per path: `(batch, K, H, W, E)`, `(batch, K, L', E)` in the order of the paths.
+            v: `(batch, K or 1, H, W, E)`.
             skip: add D v.
             merge: sum the paths.
 
         Returns:
             Positions in raster order, `(batch, P, E)` or `(batch, K, P, E)`.
         """
-        D = self.D if skip else None
-        options = {"dt_weight": self.dt_weight, "dt_bias": self.dt_bias, "dt_softplus": self.dt_softplus}
+        y = cross_selective_scan_packed(
+            v.squeeze(1),  # one map for all paths has no axis for them
+            self.x_dbl,
+            self.A,
+            self.D if skip else None,
+            paths=self.walks,
+            dt_weight=self.dt_weight,
+            dt_bias=self.dt_bias,
+            dt_softplus=self.dt_softplus,
+            merge=merge and not self.in_path_order,
+        )
         if self.in_path_order:
-            dt, B, C = self._split()
-            y = cross_selective_scan(v, dt, self.A, B, C, D, paths=self.paths, order="scan", **options)
-            y = cross_merge(y, self.paths, merge=merge)
-            return y if self.paths.token_at is not None else y.flatten(-3, -2)
-        y = cross_selective_scan_packed(v, self.x_dbl, self.A, D, paths=self.paths, merge=merge, **options)
-        return y.flatten(-3, -2)
+            y = cross_merge(y.squeeze(2), self.paths, merge=merge)
+        return y.flatten(1 if merge else 2, -2)
 
     def scan_transposed(self, cotangent: Tensor, skip: bool) -> Tensor:
         """alpha^T r, or (alpha + D)^T r, of every path.
@@ -116,7 +128,7 @@ class ScanOperands:
             skip: add D r.
 
         Returns:
-            In the layout that `scan` takes per path: `(batch * count, K, H, W, E)`, or `(batch * count, K, L', E)`.
+            `(batch * count, K, H, W, E)`.
         """
         dt, B, C = self._split()
         delta = self._steps(dt)
@@ -124,40 +136,28 @@ class ScanOperands:
         count = cotangent.shape[0] // delta.shape[0]
         if count > 1:
             x_dbl, delta = x_dbl.repeat_interleave(count, 0), delta.repeat_interleave(count, 0)
-        reverse = tuple(name.removesuffix("_flip") if name.endswith("_flip") else f"{name}_flip" for name in self.paths.names)
-        n, r = self.A.shape[-1], self.read(cotangent)
-        ahead = x_dbl[..., : delta.shape[-1]]
-        if self.in_path_order:
-            operands = (m.flip(2) for m in (r / ahead, *x_dbl.split([ahead.shape[-1], n, n], dim=-1)))
-            u, step, B, C = operands
-            y = cross_selective_scan(u, step, self.A, B, C, paths=reverse, dt_softplus=False, order="scan").flip(2)
-        else:
-            ahead, delta, r = ahead.movedim(3, 1), delta.movedim(3, 1), r.unsqueeze(1)
-            y = cross_selective_scan_packed(r / ahead, x_dbl, self.A, paths=reverse, dt_softplus=False, merge=False)
-        y = delta * y
-        return y + self.D.view(len(reverse), *(1,) * (y.dim() - 3), -1) * r if skip else y
-
-    def put_back(self, v: Tensor) -> Tensor:
-        """The adjoint of `read`: what `scan_transposed` returns, of any channels -> positions `(batch, P, .)`, the paths summed."""
-        return cross_merge(v, self.paths).flatten(1, -2) if self.in_path_order else v.sum(1).flatten(1, 2)
+        walks = self.walks.names
+        reverse = tuple(name.removesuffix("_flip") if name.endswith("_flip") else f"{name}_flip" for name in walks)
+        r, ahead = self.read(cotangent), x_dbl[..., : delta.shape[-1]].movedim(3, 1)
+        y = cross_selective_scan_packed(r / ahead, x_dbl, self.A, paths=reverse, dt_softplus=False, merge=False)
+        y = delta.movedim(3, 1) * y
+        return y.addcmul_(self.D[:, None, None], r) if skip else y
 
     def _split(self) -> tuple[Tensor, Tensor, Tensor]:
         n = self.A.shape[-1]
         return self.x_dbl.split([self.x_dbl.shape[-1] - 2 * n, n, n], dim=-1)
 
     def _steps(self, dt: Tensor) -> Tensor:
-        """The steps of every channel `(..., E)`, from dt as it is packed and in its layout."""
+        """The steps of every channel `(batch, H, W, K, E)`, from dt as it is packed."""
         if self.dt_weight is not None:
-            dt = torch.einsum("bklr,ker->bkle" if self.in_path_order else "bhwkr,ker->bhwke", dt, self.dt_weight)
+            dt = torch.einsum("bhwkr,ker->bhwke", dt, self.dt_weight)
         if self.dt_bias is not None:
-            dt = dt + (self.dt_bias.unsqueeze(1) if self.in_path_order else self.dt_bias)
+            dt = dt + self.dt_bias
         return F.softplus(dt) if self.dt_softplus else dt
 
     def _steps_ahead(self, delta: Tensor) -> Tensor:
         """The step that every path takes from every position to its next, padded steps between them included; any at its end."""
-        if self.in_path_order:
-            return delta.roll(-1, 2)
-        following, padded = _following(self.paths, delta.device)
+        following, padded = _following(self.walks, delta.device)
         ahead = delta.flatten(1, 3).index_select(1, following).view(delta.shape)
         if padded is None:
             return ahead
@@ -185,37 +185,43 @@ def _following(paths: ScanPaths, device: torch.device) -> tuple[Tensor, Tensor |
 
 @dataclass(frozen=True)
 class MixerFactors:
-    """What the mixer does around its scans, linear for the recorded input.
+    """What the mixer does around its scans, linear for the recorded input; on the map of the scans.
 
     Args:
-        right: `sigmoid(c)` in the layout of the scan, c the output of the convolution: SiLU as a factor.
-        left: the factor of the scans' outputs, `(batch, K or 1, P, E)`: gate, weights of the directions, scale of a norm.
-        convolutions: positions `(batch, P, E)` -> c without its bias, in the layout of the scan; one for each path or one for all.
+        right: `(batch, K or 1, H, W, E)`: `sigmoid(c)`, SiLU as a factor of the convolution's output c, times the weight of the
+            direction, one for each channel, which might as well stand on the left of the scan.
+        left: the factor of the sum of the scans, `(batch, P, E)`: gate, scale of a norm.
+        taps: of the depthwise convolutions, centred, `(K or 1, E, h, w)` with h and w odd.
     """
 
     right: Tensor
     left: Tensor
-    convolutions: tuple[Callable[[Tensor], Tensor], ...]
+    taps: Tensor
 
-    @property
-    def shared(self) -> bool:
-        """Whether they are the same around all paths."""
-        return len(self.convolutions) == 1 and self.left.shape[1] == 1
+    def some(self, which: slice, operands: ScanOperands) -> MixerFactors:
+        """Some of the paths, whose operands are given."""
+        right = self.right if self.right.shape[1] == 1 else self.right[:, which, :, : operands.x_dbl.shape[2]]
+        taps = self.taps if len(self.taps) == 1 else self.taps[which]
+        return MixerFactors(right, self.left, taps)
 
-    def direction(self, k: int, operands: ScanOperands) -> MixerFactors:
-        """Path `k` alone, whose operands are given."""
-        one = slice(k, k + 1)
-        left = self.left if self.left.shape[1] == 1 else self.left[:, one]
-        if len(self.convolutions) == 1:
-            return replace(self, left=left)
-        right = self.right[:, one, : operands.paths.length] if operands.in_path_order else self.right[:, one]
-        return MixerFactors(right, left, self.convolutions[one])
+    def before(self, v: Tensor) -> Tensor:
+        """diag(right) T v: what is scanned, `(batch, K or 1, H, W, E)` to the same."""
+        return self.right * _depthwise(v.expand(-1, len(self.taps), -1, -1, -1), self.taps)
 
-    def repeat(self, count: int) -> MixerFactors:
-        """Every sample `count` times."""
-        if count == 1:
-            return self
-        return replace(self, right=self.right.repeat_interleave(count, 0), left=self.left.repeat_interleave(count, 0))
+    def before_transposed(self, v: Tensor) -> Tensor:
+        """T^T diag(right) v, of `(batch * count, K, H, W, E)`, which it overwrites; where the paths share T, of their sum."""
+        count = v.shape[0] // self.right.shape[0]
+        v *= self.right if count == 1 else self.right.repeat_interleave(count, 0)
+        if len(self.taps) == 1:
+            v = v.sum(1, keepdim=True)
+        return _depthwise(v, self.taps.flip(2, 3))
+
+
+def _depthwise(v: Tensor, taps: Tensor) -> Tensor:
+    """`(batch, K, H, W, E)` to the same, by the centred `taps` `(K, E, h, w)`; zeros lie around the map."""
+    maps = v.movedim(-1, 2).flatten(1, 2)
+    maps = F.conv2d(maps, taps.flatten(0, 1).unsqueeze(1), padding="same", groups=maps.shape[1])
+    return maps.unflatten(1, taps.shape[:2]).movedim(2, -1)
 
 
 @functools.singledispatch
@@ -238,14 +244,16 @@ def _(mixer: SS2D, x: Tensor) -> ScanOperands:
 @scan_operands.register
 def _(mixer: LocalVimMixer, x: Tensor, size: tuple[int, int]) -> ScanOperands:
     paths = scan_paths(mixer.paths, size, mixer.class_token)
-    return _operands(mixer, mixer.scan_inputs(x, paths)[1], paths, in_path_order=True)
+    x_dbl = mixer.scan_inputs(x, paths)[1].transpose(1, 2).unsqueeze(1)  # [B, 1, L', K, R + 2N]
+    return _operands(mixer, x_dbl, paths, in_path_order=True)
 
 
 def _operands(mixer: nn.Module, x_dbl: Tensor, paths: ScanPaths, in_path_order: bool = False) -> ScanOperands:
-    A, D, weight, bias = A_from_log(mixer.A_logs), mixer.Ds, mixer.dt_projs_weight, mixer.dt_projs_bias
+    """Copies of the weights, which may change while an attention is in use."""
+    A = A_from_log(mixer.A_logs)
     dtype = torch.promote_types(x_dbl.dtype, A.dtype)  # at least float32
-    x_dbl, A, D, weight, bias = (m.detach().to(dtype) for m in (x_dbl, A, D, weight, bias))
-    return ScanOperands(x_dbl, A, D, paths, weight, bias, in_path_order=in_path_order)
+    D, weight, bias = (m.to(dtype, copy=True) for m in (mixer.Ds, mixer.dt_projs_weight, mixer.dt_projs_bias))
+    return ScanOperands(x_dbl.to(dtype), A.to(dtype), D, paths, weight, bias, in_path_order=in_path_order)
 
 
 @functools.singledispatch
@@ -257,47 +265,34 @@ def mixer_factors(mixer: nn.Module, operands: ScanOperands, *inputs: object) -> 
 @mixer_factors.register
 def _(mixer: VimMixer, operands: ScanOperands, x: Tensor) -> MixerFactors:
     u, z = mixer.branches(x)
-    forward, backward = mixer.conv1d_weight.detach().to(operands.A.dtype)
-    convolutions = (
-        lambda v: _causal_convolution(v, forward)[:, None, None],
-        lambda v: _causal_convolution(v.flip(1), backward).flip(1)[:, None, None],
-    )
-    return _factors(operands, mixer.convolve(u), 0.5 * F.silu(z).unsqueeze(1), convolutions)
+    forward, backward = _causal(mixer.conv1d_weight)
+    taps = torch.stack([forward, backward.flip(-1)])
+    return _factors(operands, mixer.convolve(u).sigmoid(), 0.5 * F.silu(z), taps)
 
 
 @mixer_factors.register
 def _(mixer: SS2D, operands: ScanOperands, x: Tensor) -> MixerFactors:
     u, z = mixer.branches(x)
-    c = mixer.convolve(u)
+    c = mixer.convolve(u).unsqueeze(1)
     y = operands.scan(F.silu(c).to(operands.A.dtype), skip=True, merge=mixer.scan_attn is None)
-    if mixer.scan_attn is None:
-        left = y.new_ones(())
-    else:
-        left = _weights(mixer.scan_attn, y)
-        y = (y * left).sum(1)
-    scale = mixer.out_norm.weight * (y.var(-1, unbiased=False, keepdim=True) + mixer.out_norm.eps).rsqrt()
+    right = c.sigmoid()
+    if mixer.scan_attn is not None:
+        weights = _weights(mixer.scan_attn, y)
+        y, right = (y * weights).sum(1), right * weights.unsqueeze(2)
+    left = mixer.out_norm.weight * (y.var(-1, unbiased=False, keepdim=True) + mixer.out_norm.eps).rsqrt()
     if z is not None:
-        scale = scale * F.silu(z.flatten(1, 2))
-    weight = mixer.conv2d.weight.detach().to(operands.A.dtype)
-
-    def convolve(v: Tensor) -> Tensor:
-        v = v.unflatten(1, operands.paths.size).permute(0, 3, 1, 2)
-        return F.conv2d(v, weight, padding="same", groups=len(weight)).permute(0, 2, 3, 1)
-
-    return _factors(operands, c, left * scale.unsqueeze(1), (convolve,))
+        left = left * F.silu(z.flatten(1, 2))
+    return _factors(operands, right, left, mixer.conv2d.weight.transpose(0, 1).clone())
 
 
 @mixer_factors.register
 def _(mixer: LocalVimMixer, operands: ScanOperands, x: Tensor, size: tuple[int, int]) -> MixerFactors:
     u, z = mixer.branches(x)
-    c = mixer.convolve(u, operands.paths)
-    gate = F.silu(z).unsqueeze(1)
+    c = mixer.convolve(u, operands.paths).unsqueeze(2)
+    gate = F.silu(z)
     y = operands.scan(F.silu(c).to(operands.A.dtype), skip=True, merge=False)
-    convolutions = tuple(
-        functools.partial(_convolution_along, operands.direction(k).paths, weight)
-        for k, weight in enumerate(mixer.conv1d_weight.detach().to(operands.A.dtype))
-    )
-    return _factors(operands, c, gate * _weights(mixer.attn, y * gate), convolutions)
+    weights = _weights(mixer.attn, y * gate.unsqueeze(1))
+    return _factors(operands, c.sigmoid() * weights.unsqueeze(2), gate, _causal(mixer.conv1d_weight))
 
 
 def _weights(attn: nn.Module, y: Tensor) -> Tensor:
@@ -305,15 +300,10 @@ def _weights(attn: nn.Module, y: Tensor) -> Tensor:
     return attn.weights(y.to(attn.global_reduce.weight.dtype)).to(y.dtype)
 
 
-def _factors(operands: ScanOperands, c: Tensor, left: Tensor, convolutions: tuple[Callable[[Tensor], Tensor], ...]) -> MixerFactors:
-    return MixerFactors(c.sigmoid().to(operands.A.dtype), left.to(operands.A.dtype), convolutions)
+def _causal(weight: Tensor) -> Tensor:
+    """Centred taps `(K, E, 1, 2 taps - 1)` of the causal convolutions `(K, E, taps)`, whose last tap is the current step's."""
+    return F.pad(weight, (0, weight.shape[-1] - 1)).unsqueeze(2)
 
 
-def _convolution_along(path: ScanPaths, weight: Tensor, v: Tensor) -> Tensor:
-    """`_causal_convolution` along one path of positions `(batch, P, E)` -> `(batch, 1, L', E)`."""
-    return _causal_convolution(cross_scan(v, path).squeeze(1), weight).unsqueeze(1)
-
-
-def _causal_convolution(v: Tensor, weight: Tensor) -> Tensor:
-    """Of sequences `(batch, L, E)`, depthwise, without bias; `weight` `(E, taps)` multiplies the current step by its last tap."""
-    return F.conv1d(F.pad(v.mT, (weight.shape[-1] - 1, 0)), weight.unsqueeze(1), groups=len(weight)).mT
+def _factors(operands: ScanOperands, right: Tensor, left: Tensor, taps: Tensor) -> MixerFactors:
+    return MixerFactors(*(m.to(operands.A.dtype) for m in (right, left, taps)))
