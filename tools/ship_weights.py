@@ -86,8 +86,8 @@ def document(runs: list[dict[str, str]]) -> list[str]:
     for run in runs:
         cells = [run["epochs"], f"{float(run['accuracy']):.2f}", run["images_per_s"], run["peak_memory_mib"]]
         lines.append(f"| `{run['config']}` | {int(run['parameters']):,} | {' | '.join(cells)} |")
-    used = runs[0]
-    return [*lines, "", f"Measured on an {used['device']}, torch {used['torch']}, {used['date']}: benchmarks/cifar10_h200.csv."]
+    used = list(dict.fromkeys(f"{run['device']}, torch {run['torch']}, {run['date']}" for run in runs))
+    return [*lines, "", f"Measured on {'; '.join(used)}: benchmarks/cifar10_h200.csv."]
 
 
 def main() -> None:

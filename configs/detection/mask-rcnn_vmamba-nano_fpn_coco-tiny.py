@@ -34,4 +34,3 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type="CosineAnnealingLR", by_epoch=True, begin=0, end=8, convert_to_iter_based=True),
 ]
-env_cfg = dict(cudnn_benchmark=True)
