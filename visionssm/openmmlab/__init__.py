@@ -1,6 +1,7 @@
-"""What a detection or segmentation config names: backbone and necks; needs mmengine, and mmdet or mmseg to be of use."""
+"""What a dense config names: backbone, necks, a data set in memory; needs mmengine, and mmdet or mmseg to be of use."""
 
 from .backbone import Backbone
 from .necks import ResamplingNeck, SimpleFeaturePyramid
+from .samples import CachedSamples
 
-__all__ = ["Backbone", "ResamplingNeck", "SimpleFeaturePyramid"]
+__all__ = ["Backbone", "CachedSamples", "ResamplingNeck", "SimpleFeaturePyramid"]

@@ -20,19 +20,22 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=8,
-    num_workers=6,
+    num_workers=0,
     drop_last=True,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
         type="RepeatDataset",
         times=30,
         dataset=dict(
-            type="CocoDataset",
-            data_root=data_root,
-            ann_file="annotations/instances_train2017.json",
-            data_prefix=dict(img="train2017/"),
-            filter_cfg=dict(filter_empty_gt=True),
-            pipeline=train_pipeline,
+            type="visionssm.CachedSamples",
+            dataset=dict(
+                type="CocoDataset",
+                data_root=data_root,
+                ann_file="annotations/instances_train2017.json",
+                data_prefix=dict(img="train2017/"),
+                filter_cfg=dict(filter_empty_gt=True),
+                pipeline=train_pipeline,
+            ),
         ),
     ),
 )
