@@ -127,6 +127,20 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(random_config, tmp_path, c
     assert (killed / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_resumed_where_accumulated_batches_do_not_divide_an_epoch(tiny, capsys):
+    """Four batches and three an update: the one that is left is an update of its own, and no gradient crosses a checkpoint."""
+    config, work = tiny
+    options = ["--cfg-options", "optim_wrapper.accumulative_counts=3"]
+    assert main_train([str(config), "--work-dir", str(work), *options]) == 0
+    expected = load(work / "epoch_2.pth")
+    assert {int(state["step"]) for state in expected["optimizer"]["state"].values()} == {4}
+    (work / "epoch_2.pth").unlink()
+    assert main_train([str(config), "--work-dir", str(work), "--resume", *options]) == 0
+    got = load(work / "epoch_2.pth")["state_dict"]
+    assert all(torch.equal(got[name], value) for name, value in expected["state_dict"].items())
+    assert "Resumed iteration number" not in capsys.readouterr().err
+
+
 def test_what_is_tested_after_training_is_the_average(tiny):
     """mmengine begins the test as a run of its own, at which its hook would begin a new average."""
     path, work = tiny

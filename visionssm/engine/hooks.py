@@ -13,32 +13,36 @@ from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
 from mmengine.model import ExponentialMovingAverage, is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.amp import autocast
 from timm.models import save_for_hf
 
 from visionssm.errors import UserError
 from visionssm.registry import HOOKS, MODELS
 
+from .optim import OptimWrapper
+
 
 @HOOKS.register_module()
 class RandomnessHook(Hook):
-    """Seeds every generator from (seed, rank, epoch) before each epoch, and tells iterable data sets the epoch.
+    """Seeds every generator from (seed, rank, epoch) before each epoch, and tells iterable data sets and the optimizer's wrapper.
 
-    A checkpoint holds no generator's state; with this, the epochs after a resume draw the same augmentations, mixtures, drop
-    paths and worker seeds as they would have drawn without the interruption.
+    A checkpoint holds no generator's state, and no gradients; with this, the epochs after a resume draw the same augmentations,
+    mixtures, drop paths and worker seeds, and update as often, as they would have without the interruption.
     """
 
     priority = "VERY_HIGH"
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed `random`, numpy and torch."""
+        """Seed `random`, numpy and torch; begin to count batches."""
         words = np.random.SeedSequence((runner.seed, runner.rank, runner.epoch)).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(words[1])  # noqa: NPY002  timm's and torchvision's transforms use the legacy generator
         torch.manual_seed(int(words[2]))
         if isinstance(runner.train_dataloader.dataset, torch.utils.data.IterableDataset):
             runner.train_dataloader.dataset.set_epoch(runner.epoch)
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and isinstance(runner.optim_wrapper, OptimWrapper):
+            runner.optim_wrapper.begin_epoch(len(runner.train_dataloader))
 
 
 @HOOKS.register_module()

@@ -27,7 +27,7 @@ class OptimWrapper(MMEngineOptimWrapper):
     Args:
         optimizer: the optimizer.
         dtype: "bfloat16" or "float16" for autocast; float16 scales the loss dynamically and needs a GPU. None for full precision.
-        accumulative_counts: batches between two updates; their gradients are averaged.
+        accumulative_counts: batches between two updates; their gradients are averaged. An epoch's last update may have fewer.
         clip_grad: arguments of `torch.nn.utils.clip_grad_norm_`, such as `max_norm`; None for no clipping.
 
     Attributes:
@@ -78,6 +78,11 @@ class OptimWrapper(MMEngineOptimWrapper):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = self.clip_func(parameters, **self.clip_grad_kwargs)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def begin_epoch(self, batches: int) -> None:
+        """Count an epoch's batches anew: what is left at its end makes an update, as a checkpoint holds no gradients."""
+        self._inner_count, self._max_counts = 0, batches
+        self._remainder_counts = batches % self._accumulative_counts
 
     def state_dict(self) -> dict:
         """The optimizer's, and the loss scaler's."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,11 +90,14 @@ class Runner(MMEngineRunner):
 
 
 def quiet(logger: MMLogger) -> MMLogger:
-    """The log file takes every line, the terminal only warnings and errors that concern the user."""
+    """The log file takes every line, the terminal only warnings and errors that concern the user.
+
+    One that does not is of accumulated gradients that a resumed run has lost: an epoch leaves none.
+    """
     for handler in logger.handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(max(handler.level, logging.WARNING))
-            handler.addFilter(lambda record: "deprecated" not in record.getMessage())
+            handler.addFilter(lambda record: not re.search("deprecated|^Resumed iteration number", record.getMessage()))
     return logger
 
 
