@@ -413,6 +413,17 @@ def test_resume_from_a_checkpoint_of_another_model(tiny, capsys):
     assert "epoch_1.pth is not of this model: " in one_line(capsys.readouterr().err)
 
 
+def test_resume_with_other_batches(tiny, capsys):
+    config, work = tiny
+    assert main_train([str(config), "--work-dir", str(work), "--cfg-options", "train_cfg.max_epochs=1"]) == 0
+    capsys.readouterr()
+    options = ["train_dataloader.batch_size=8", "train_dataloader.num_batch_per_epoch=8", "optim_wrapper.accumulative_counts=2"]
+    assert main_train([str(config), "--work-dir", str(work), "--resume", "--cfg-options", *options]) == 1
+    assert "--resume: the checkpoint has 4 batches behind it in 1 epochs, this train_dataloader would have 8" in one_line(
+        capsys.readouterr().err
+    )
+
+
 def test_a_full_disk_is_noticed_before_training(tiny, monkeypatch, capsys):
     config, work = tiny
     usage = namedtuple("usage", "total used free")

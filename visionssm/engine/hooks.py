@@ -184,12 +184,13 @@ class UnreadableImagesHook(Hook):
 
 @HOOKS.register_module()
 class DataCheckHook(Hook):
-    """Refuses data that does not fit the model, before the first batch: another number of classes, batches that cannot be mixed."""
+    """Refuses data that does not fit the model, before the first batch: classes, odd batches, other epochs than before a resume."""
 
     def before_train(self, runner: Runner) -> None:
         """Check the training data."""
         self.check_classes(runner, runner.train_dataloader.dataset)
         self.check_batches(runner)
+        self.check_progress(runner)
 
     def before_test(self, runner: Runner) -> None:
         """Check the test data."""
@@ -224,6 +225,21 @@ class DataCheckHook(Hook):
         last = 0 if loader.drop_last or not hasattr(loader.sampler, "__len__") else len(loader.sampler) % loader.batch_size
         if last % 2:
             raise UserError(f"train_dataloader.drop_last: expected True with mixup, as the last batch has an odd {last} images")
+
+    @staticmethod
+    def check_progress(runner: Runner) -> None:
+        """Check that an epoch has as many batches as before a resume: the schedule in the checkpoint counts them.
+
+        Raises:
+            UserError: it has not.
+        """
+        expected = runner.epoch * len(runner.train_dataloader)
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and runner.param_schedulers and runner.iter != expected:
+            raise UserError(
+                f"--resume: the checkpoint has {runner.iter} batches behind it in {runner.epoch} epochs, this train_dataloader "
+                f"would have {expected}, and the schedule counts them: take the same data, and a batch_size that, times the "
+                "number of processes, is what it was"
+            )
 
 
 @HOOKS.register_module()
