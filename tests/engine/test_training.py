@@ -22,6 +22,7 @@ from visionssm.cli import main
 from visionssm.engine import EMAHook, ImageClassifier, ImagePreprocessor, OptimWrapperConstructor, Runner, RuntimeInfoHook
 from visionssm.engine.config import load_config
 from visionssm.engine.launch import _use_amp, main_test, main_train
+from visionssm.engine.learning_curve import read_logs
 from visionssm.engine.optim import OptimWrapper
 from visionssm.errors import UserError
 
@@ -431,6 +432,22 @@ def test_a_full_disk_is_noticed_before_training(tiny, monkeypatch, capsys):
     monkeypatch.setattr(MMEngineRunner, "train", lambda self: pytest.fail("training has started"))
     assert main_train([str(config), "--work-dir", str(work)]) == 1
     assert f"--work-dir: {work} has 1 MB left, 3 checkpoints need" in one_line(capsys.readouterr().err)
+
+
+def test_one_checkpoint_is_too_few(tiny, monkeypatch, capsys):
+    config, work = tiny
+    monkeypatch.setattr(MMEngineRunner, "train", lambda self: pytest.fail("training has started"))
+    options = ["--cfg-options", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    assert main_train([str(config), "--work-dir", str(work), *options]) == 1
+    assert "max_keep_ckpts: got 1, expected at least 2, or -1 for all" in one_line(capsys.readouterr().err)
+
+
+def test_half_a_line_in_a_log_is_left_out(tmp_path):
+    log = tmp_path / "20260101_000000" / "vis_data" / "scalars.json"
+    log.parent.mkdir(parents=True)
+    rows = [{"loss": 2.0, "iter": 1}, {"accuracy/top1": 50.0, "step": 1}]
+    log.write_text("\n".join(map(json.dumps, rows)) + '\n{"loss": 1.0, "it')
+    assert read_logs(tmp_path) == (rows[:1], rows[1:])
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_training(tiny, monkeypatch, capsys):

@@ -26,7 +26,7 @@ from .metrics import in_percent
 from .progress import ProgressHook, position
 from .runner import Runner
 from .sharded import FlexibleRunner
-from .work_dir import check_space, check_writable
+from .work_dir import check_kept, check_space, check_writable
 
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
@@ -64,6 +64,7 @@ def train(args: Namespace) -> dict[str, float]:
             cfg.resume = cfg.load_from is not None
             _say(f"resuming from {cfg.load_from}" if cfg.resume else f"no checkpoint in {cfg.work_dir} yet: starting anew")
         with _runner(cfg) as runner:
+            check_kept(runner)
             check_space(runner)
             if mode := compile_mode(args):
                 unwrapped(runner.model).backbone.compile(mode=mode)
