@@ -75,18 +75,17 @@ def pair(tmp_path_factory, plain):
     folder = tmp_path_factory.mktemp("pair")
     (folder / "shards").mkdir()
     shards = write_shards(folder / "shards") if find_spec("webdataset") else "none"
-    script = Path(__file__).with_name("two_processes.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*launcher, str(script), str(shards), plain, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
+    run = run_twice(Path(__file__).with_name("two_processes.py"), shards, plain, folder)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {"ranks": ranks, "out": run.stdout, "work": folder / "work"}
+
+
+def run_twice(*command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run
 
 
 def weights(work):
@@ -110,6 +109,21 @@ def test_two_processes_train_as_one_and_so_do_accumulated_batches(pair, plain, t
             torch.testing.assert_close(other[name], expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
     fewer = train_alone(plain, tmp_path / "fewer", "train_dataloader.batch_size=8")
     assert max((fewer[name] - value).abs().max().item() for name, value in alone.items()) > 1e-3
+
+
+def test_unreadable_images_of_both_processes_count_once(photographs, tmp_path):
+    broken = [photographs / name for name in ("train/dark/0.jpg", "train/dark/1.jpg", "val/dark/1.jpg")]
+    for file in broken:
+        file.write_bytes(b"")
+    options = ["data_root=" + str(photographs), "input_size=32", "model.backbone.model_name=test_resnet", "train_cfg.max_epochs=4"]
+    options += ["param_scheduler=None", "train_dataloader.batch_size=2", "val_dataloader.batch_size=1"]
+    options += [f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test")]
+    config = config_path("classification/vmamba-nano_imagefolder")
+    train = Path(__file__).parents[2] / "tools" / "train.py"
+    run = run_twice(train, config, "--work-dir", tmp_path / "work", "--cfg-options", *options)
+    (listing,) = (tmp_path / "work").glob("*/unreadable.txt")
+    assert f"3 images could not be read and were skipped: {listing}" in run.stdout
+    assert listing.read_text().splitlines() == sorted(map(str, broken))
 
 
 @needs_webdataset

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
@@ -175,6 +175,13 @@ class UnreadableImagesHook(Hook):
                 file.writelines(f"{path}\n" for path in new)
             for path in new:
                 runner.logger.info(f"skipped an image that cannot be read: {path}")
+
+    def total(self, runner: Runner) -> int:
+        """How many all processes have met; the list gets each once. All processes have to call this."""
+        together = sorted(set().union(*all_gather_object(self.paths)))
+        if together and is_main_process():
+            self.path(runner).write_text("".join(f"{path}\n" for path in together), encoding="utf-8")
+        return len(together)
 
     @staticmethod
     def path(runner: Runner) -> Path:

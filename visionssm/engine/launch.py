@@ -101,7 +101,7 @@ def report(runner: Runner, checkpoint: str | None) -> dict[str, float]:
     metrics = in_percent(runner.test())
     for name, value in metrics.items():
         _say(f"{name.replace('top', 'top-')}: {value:.1f} %")
-    unreadable = sum(len(hook.paths) for hook in runner.hooks if isinstance(hook, UnreadableImagesHook))
+    unreadable = sum(hook.total(runner) for hook in runner.hooks if isinstance(hook, UnreadableImagesHook))
     if unreadable:
         _say(f"{unreadable} images could not be read and were skipped: {UnreadableImagesHook.path(runner)}")
     places = {"checkpoint": checkpoint} if checkpoint else {}
