@@ -179,6 +179,25 @@ def test_broken_images_in_shards_are_named(tmp_path):
 
 
 @needs_webdataset
+@pytest.mark.parametrize("missing", ["images", "shards"])
+def test_shards_without_a_readable_image_end_the_training(missing, tmp_path):
+    write_shards(tmp_path, shards=2)
+    for file in tmp_path.glob("train-*.tar"):
+        file.write_bytes(file.read_bytes().replace(b"\x89PNG\r\n\x1a\n", b"nothing!")) if missing == "images" else file.unlink()
+    stream = ImageStream("wds/", "train", str(tmp_path), num_classes=48, input_size=16)
+    with pytest.raises(UserError, match="dataset: the split 'train' has no image that can be read; skipped: "):
+        next(iter(stream))
+
+
+@needs_webdataset
+def test_a_label_that_is_no_class(tmp_path):
+    write_shards(tmp_path, shards=1)
+    stream = ImageStream("wds/", "train", str(tmp_path), num_classes=5, input_size=16)
+    with pytest.raises(UserError, match="dataset: the split 'train' has the label 5, expected 0 to 4"):
+        list(stream)
+
+
+@needs_webdataset
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
