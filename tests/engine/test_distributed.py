@@ -23,6 +23,7 @@ from visionssm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves shards open
 needs_webdataset = pytest.mark.skipif(find_spec("webdataset") is None, reason="needs the package webdataset")
+needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason="needs the package datasets")
 PLAIN = """
 _base_ = {base!r}
 model = dict(backbone=dict(model_name="test_vit", img_size=32))
@@ -61,6 +62,20 @@ def write_shards(folder, shards=8, images=6):
     return folder
 
 
+def write_parquet(folder, files=4, images=12):
+    """The same images as the hub keeps them; the labels have no names."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    for split in ("train", "validation"):
+        for file in range(files):
+            labels = list(range(file * images, (file + 1) * images))
+            rows = {"image": [Image.new("RGB", (20, 20), (label,) * 3) for label in labels], "label": labels}
+            Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-{file:05}-of-{files:05}.parquet")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A config without anything random but the order of the images, and none of it depends on the batch."""
@@ -75,14 +90,16 @@ def pair(tmp_path_factory, plain):
     folder = tmp_path_factory.mktemp("pair")
     (folder / "shards").mkdir()
     shards = write_shards(folder / "shards") if find_spec("webdataset") else "none"
-    run = run_twice(Path(__file__).with_name("two_processes.py"), shards, plain, folder)
+    (folder / "hub").mkdir()
+    hub = write_parquet(folder / "hub") if find_spec("datasets") else "none"
+    run = run_twice(Path(__file__).with_name("two_processes.py"), shards, hub, plain, folder)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {"ranks": ranks, "out": run.stdout, "work": folder / "work"}
 
 
 def run_twice(*command):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     return run
@@ -128,7 +145,7 @@ def test_unreadable_images_of_both_processes_count_once(photographs, tmp_path):
 
 @needs_webdataset
 def test_every_process_trains_on_shards_of_its_own(pair):
-    epochs = [rank["train"]["epochs"] for rank in pair["ranks"]]
+    epochs = [rank["shards"]["train"]["epochs"] for rank in pair["ranks"]]
     for number in (0, 1):
         first, second = set(epochs[0][number]), set(epochs[1][number])
         assert not first & second
@@ -137,12 +154,24 @@ def test_every_process_trains_on_shards_of_its_own(pair):
         assert len(epochs[0][number]) == len(epochs[1][number]) == 24
     assert epochs[0][0] != epochs[0][1]
     assert set(epochs[0][0]) != set(epochs[0][1])  # the shards are dealt out anew
-    assert [rank["train"]["batches"] for rank in pair["ranks"]] == [6, 6]
+    assert [rank["shards"]["train"]["batches"] for rank in pair["ranks"]] == [6, 6]
 
 
-@needs_webdataset
-def test_every_image_is_validated_once(pair):
-    first, second = (rank["validation"]["epochs"] for rank in pair["ranks"])
+@needs_datasets
+def test_every_process_trains_on_files_of_the_hub_of_its_own(pair):
+    epochs = [rank["hub"]["train"]["epochs"] for rank in pair["ranks"]]
+    for number in (0, 1):
+        first, second = epochs[0][number], epochs[1][number]
+        assert sorted(first + second) == list(range(48))
+        assert {label // 12 for label in first} & {label // 12 for label in second} == set()
+        assert len(first) == len(second) == 24
+    assert all(epoch[0] != epoch[1] for epoch in epochs)
+    assert [rank["hub"]["train"]["batches"] for rank in pair["ranks"]] == [6, 6]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("shards", marks=needs_webdataset), pytest.param("hub", marks=needs_datasets)])
+def test_every_image_is_validated_once(kind, pair):
+    first, second = (rank[kind]["validation"]["epochs"] for rank in pair["ranks"])
     assert sorted(first[0] + second[0]) == list(range(48))
     assert first[0] == first[1]
 
