@@ -393,6 +393,14 @@ def test_an_odd_last_batch_cannot_be_mixed(tiny, capsys):
     )
 
 
+def test_an_epoch_without_a_whole_batch(tiny, capsys):
+    config, work = tiny
+    config.write_text(config.read_text() + "train_dataloader = dict(batch_size=2000, drop_last=True)\n")
+    assert main_train([str(config), "--work-dir", str(work)]) == 1
+    message = "batch_size: got 2000, with drop_last, but an epoch has 1437 images for this process"
+    assert message in one_line(capsys.readouterr().err)
+
+
 def test_out_of_memory_says_what_to_lower(tiny, monkeypatch, capsys):
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the manual")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class OptimWrapper(MMEngineOptimWrapper):
         grad_norm: norm of the newest gradients before they were clipped, on their device; None without clipping.
 
     Raises:
-        UserError: an unknown dtype, or one that this machine cannot train in.
+        UserError: an unknown dtype, or one that this machine cannot train in; an unknown argument of the clipping.
     """
 
     def __init__(
@@ -48,6 +49,9 @@ class OptimWrapper(MMEngineOptimWrapper):
         if dtype not in (None, *DTYPES):
             hint = did_you_mean(str(dtype), DTYPES)
             raise UserError(f"optim_wrapper.dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}{hint}")
+        for key in self.clip_grad_kwargs or {}:
+            if key not in (names := signature(self.clip_func).parameters):
+                raise UserError(f"optim_wrapper.clip_grad.{key}: expected {', '.join(names)}{did_you_mean(key, names)}")
         self.device_type = get_device()
         if dtype == "float16" and self.device_type == "cpu":
             remedy = "add --cfg-options optim_wrapper.dtype=bfloat16"
