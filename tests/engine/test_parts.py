@@ -126,6 +126,7 @@ def test_engine_distributions(found, message, monkeypatch):
 
 def test_config_names():
     assert config_path(DIGITS) == config_path(f"{DIGITS}.py")
+    assert config_path(DIGITS) == config_path("vmamba-nano_digits") == config_path("vmamba-nano_digits.py")
     assert config_path(DIGITS) in recipes()
 
 
