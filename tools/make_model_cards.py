@@ -162,7 +162,8 @@ def trained(row: Checkpoint) -> str:
         name = f"**{run['model']}**" if run["model"] == row.model else run["model"]
         facts = (f"{float(run['accuracy']):.2f}", f"{int(run['parameters']):,}", run["epochs"], run["images_per_s"])
         lines.append(f"| {name} | {' | '.join(facts)} | {run['peak_memory_mib']} |")
-    where = "{device}, {processes_on_gpu} processes on each GPU, PyTorch {torch}, timm {timm}, {date}".format(**RUNS[0])
+    own = next((run for run in RUNS if row.config.endswith(f"/{run['config']}.py")), RUNS[0])
+    where = "{device}, {processes_on_gpu} of these trainings on each GPU, PyTorch {torch}, timm {timm}, {date}".format(**own)
     note = "One recipe for all; images/s of the training loop. The test images chose nothing: the last epoch counts."
     return f"## Trained here\n\n`tools/benchmark_cifar10.py` on {where}. {note}\n\n" + "\n".join(lines)
 

@@ -24,7 +24,7 @@ def config_path(name: str) -> Path:
             return path
     stem = Path(name).name.removesuffix(".py")
     shipped = {path.stem: path for path in recipes()}
-    if stem == name and stem in shipped:
+    if Path(name).name == name and stem in shipped:
         return shipped[stem]
     known = {path.stem: str(path.relative_to(FOLDER)) for path in shipped.values()}
     known |= {path.stem: str(path) for path in Path(name).parent.glob("*.py")}

@@ -172,6 +172,29 @@ def test_hub_images(parquet, quiet_hub, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_rows_without_an_image_or_a_label(parquet, quiet_hub, tmp_path):
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    (file,) = (parquet / "data").glob("validation-*")
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["dark", "bright"])})
+    Dataset.from_dict({"image": [None, Image.new("RGB", (20, 20))], "label": [0, -1]}, features=features).to_parquet(file)
+    dataset = HubImages(str(parquet), "validation", str(tmp_path / "cache"), 16)
+    assert dataset[0]["label"] == IGNORED
+    assert dataset[0]["unreadable"] == (f"{parquet}/validation[0]",)
+    with pytest.raises(UserError, match="dataset: the split 'validation' has the label -1, expected 0 to 1"):
+        dataset[1]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_stream_with_fewer_shards_than_workers(parquet, quiet_hub, tmp_path):
+    stream = ImageStream(f"hfids/{parquet}", "train", str(tmp_path / "cache"), num_classes=2, num_samples=12, input_size=16)
+    stream.set_loader(2, 5)
+    with pytest.raises(UserError, match=r"dataset 'train': Streaming dataset .* 4 shard\(s\) .* the loader has 5 workers"):
+        list(DataLoader(stream, batch_size=2, num_workers=5, collate_fn=collate))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_hub_stream(parquet, quiet_hub, tmp_path):
     def levels(split, epoch):
         sizes = {"num_classes": 2, "num_samples": 12 if split == "train" else 3, "input_size": 16}

@@ -23,6 +23,7 @@ from visionssm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves shards open
 needs_webdataset = pytest.mark.skipif(find_spec("webdataset") is None, reason="needs the package webdataset")
+needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason="needs the package datasets")
 PLAIN = """
 _base_ = {base!r}
 model = dict(backbone=dict(model_name="test_vit", img_size=32))
@@ -61,6 +62,20 @@ def write_shards(folder, shards=8, images=6):
     return folder
 
 
+def write_parquet(folder, files=4, images=12):
+    """The same images as the hub keeps them; the labels have no names."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    for split in ("train", "validation"):
+        for file in range(files):
+            labels = list(range(file * images, (file + 1) * images))
+            rows = {"image": [Image.new("RGB", (20, 20), (label,) * 3) for label in labels], "label": labels}
+            Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-{file:05}-of-{files:05}.parquet")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A config without anything random but the order of the images, and none of it depends on the batch."""
@@ -75,18 +90,19 @@ def pair(tmp_path_factory, plain):
     folder = tmp_path_factory.mktemp("pair")
     (folder / "shards").mkdir()
     shards = write_shards(folder / "shards") if find_spec("webdataset") else "none"
-    script = Path(__file__).with_name("two_processes.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*launcher, str(script), str(shards), plain, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert run.returncode == 0, run.stderr
+    (folder / "hub").mkdir()
+    hub = write_parquet(folder / "hub") if find_spec("datasets") else "none"
+    run = run_twice(Path(__file__).with_name("two_processes.py"), shards, hub, plain, folder)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     return {"ranks": ranks, "out": run.stdout, "work": folder / "work"}
+
+
+def run_twice(*command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run
 
 
 def weights(work):
@@ -112,9 +128,24 @@ def test_two_processes_train_as_one_and_so_do_accumulated_batches(pair, plain, t
     assert max((fewer[name] - value).abs().max().item() for name, value in alone.items()) > 1e-3
 
 
+def test_unreadable_images_of_both_processes_count_once(photographs, tmp_path):
+    broken = [photographs / name for name in ("train/dark/0.jpg", "train/dark/1.jpg", "val/dark/1.jpg")]
+    for file in broken:
+        file.write_bytes(b"")
+    options = ["data_root=" + str(photographs), "input_size=32", "model.backbone.model_name=test_resnet", "train_cfg.max_epochs=4"]
+    options += ["param_scheduler=None", "train_dataloader.batch_size=2", "val_dataloader.batch_size=1"]
+    options += [f"{split}_dataloader.num_workers=0" for split in ("train", "val", "test")]
+    config = config_path("classification/vmamba-nano_imagefolder")
+    train = Path(__file__).parents[2] / "tools" / "train.py"
+    run = run_twice(train, config, "--work-dir", tmp_path / "work", "--cfg-options", *options)
+    (listing,) = (tmp_path / "work").glob("*/unreadable.txt")
+    assert f"3 images could not be read and were skipped: {listing}" in run.stdout
+    assert listing.read_text().splitlines() == sorted(map(str, broken))
+
+
 @needs_webdataset
 def test_every_process_trains_on_shards_of_its_own(pair):
-    epochs = [rank["train"]["epochs"] for rank in pair["ranks"]]
+    epochs = [rank["shards"]["train"]["epochs"] for rank in pair["ranks"]]
     for number in (0, 1):
         first, second = set(epochs[0][number]), set(epochs[1][number])
         assert not first & second
@@ -123,12 +154,24 @@ def test_every_process_trains_on_shards_of_its_own(pair):
         assert len(epochs[0][number]) == len(epochs[1][number]) == 24
     assert epochs[0][0] != epochs[0][1]
     assert set(epochs[0][0]) != set(epochs[0][1])  # the shards are dealt out anew
-    assert [rank["train"]["batches"] for rank in pair["ranks"]] == [6, 6]
+    assert [rank["shards"]["train"]["batches"] for rank in pair["ranks"]] == [6, 6]
 
 
-@needs_webdataset
-def test_every_image_is_validated_once(pair):
-    first, second = (rank["validation"]["epochs"] for rank in pair["ranks"])
+@needs_datasets
+def test_every_process_trains_on_files_of_the_hub_of_its_own(pair):
+    epochs = [rank["hub"]["train"]["epochs"] for rank in pair["ranks"]]
+    for number in (0, 1):
+        first, second = epochs[0][number], epochs[1][number]
+        assert sorted(first + second) == list(range(48))
+        assert {label // 12 for label in first} & {label // 12 for label in second} == set()
+        assert len(first) == len(second) == 24
+    assert all(epoch[0] != epoch[1] for epoch in epochs)
+    assert [rank["hub"]["train"]["batches"] for rank in pair["ranks"]] == [6, 6]
+
+
+@pytest.mark.parametrize("kind", [pytest.param("shards", marks=needs_webdataset), pytest.param("hub", marks=needs_datasets)])
+def test_every_image_is_validated_once(kind, pair):
+    first, second = (rank[kind]["validation"]["epochs"] for rank in pair["ranks"])
     assert sorted(first[0] + second[0]) == list(range(48))
     assert first[0] == first[1]
 
@@ -162,6 +205,25 @@ def test_broken_images_in_shards_are_named(tmp_path):
     samples = list(stream)
     assert [sample["label"] for sample in samples] == [label for label in range(12) if label != 9]
     assert [name for sample in samples for name in sample["unreadable"]] == [f"{file}/0009"]
+
+
+@needs_webdataset
+@pytest.mark.parametrize("missing", ["images", "shards"])
+def test_shards_without_a_readable_image_end_the_training(missing, tmp_path):
+    write_shards(tmp_path, shards=2)
+    for file in tmp_path.glob("train-*.tar"):
+        file.write_bytes(file.read_bytes().replace(b"\x89PNG\r\n\x1a\n", b"nothing!")) if missing == "images" else file.unlink()
+    stream = ImageStream("wds/", "train", str(tmp_path), num_classes=48, input_size=16)
+    with pytest.raises(UserError, match="dataset: the split 'train' has no image that can be read; skipped: "):
+        next(iter(stream))
+
+
+@needs_webdataset
+def test_a_label_that_is_no_class(tmp_path):
+    write_shards(tmp_path, shards=1)
+    stream = ImageStream("wds/", "train", str(tmp_path), num_classes=5, input_size=16)
+    with pytest.raises(UserError, match="dataset: the split 'train' has the label 5, expected 0 to 4"):
+        list(stream)
 
 
 @needs_webdataset

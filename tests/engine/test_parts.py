@@ -65,7 +65,8 @@ def test_weight_decay_groups():
 def test_randomness_depends_on_seed_rank_and_epoch_alone():
     def draw(seed, rank, epoch):
         torch.rand(3)
-        RandomnessHook().before_train_epoch(SimpleNamespace(seed=seed, rank=rank, epoch=epoch, train_dataloader=DataLoader([0])))
+        state = {"seed": seed, "rank": rank, "epoch": epoch}
+        RandomnessHook().before_train_epoch(SimpleNamespace(**state, train_dataloader=DataLoader([0]), train_loop=None))
         return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
 
     assert draw(1, 0, 2) == draw(1, 0, 2)
@@ -125,6 +126,7 @@ def test_engine_distributions(found, message, monkeypatch):
 
 def test_config_names():
     assert config_path(DIGITS) == config_path(f"{DIGITS}.py")
+    assert config_path(DIGITS) == config_path("vmamba-nano_digits") == config_path("vmamba-nano_digits.py")
     assert config_path(DIGITS) in recipes()
 
 

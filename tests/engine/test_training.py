@@ -22,6 +22,7 @@ from visionssm.cli import main
 from visionssm.engine import EMAHook, ImageClassifier, ImagePreprocessor, OptimWrapperConstructor, Runner, RuntimeInfoHook
 from visionssm.engine.config import load_config
 from visionssm.engine.launch import _use_amp, main_test, main_train
+from visionssm.engine.learning_curve import read_logs
 from visionssm.engine.optim import OptimWrapper
 from visionssm.errors import UserError
 
@@ -125,6 +126,20 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(random_config, tmp_path, c
     assert {"loss", "accuracy", "lr", "grad_norm", "time"} <= set(rows[0])
     assert list(whole.glob("*/vis_data/events.out.tfevents*"))
     assert (killed / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resumed_where_accumulated_batches_do_not_divide_an_epoch(tiny, capsys):
+    """Four batches and three an update: the one that is left is an update of its own, and no gradient crosses a checkpoint."""
+    config, work = tiny
+    options = ["--cfg-options", "optim_wrapper.accumulative_counts=3"]
+    assert main_train([str(config), "--work-dir", str(work), *options]) == 0
+    expected = load(work / "epoch_2.pth")
+    assert {int(state["step"]) for state in expected["optimizer"]["state"].values()} == {4}
+    (work / "epoch_2.pth").unlink()
+    assert main_train([str(config), "--work-dir", str(work), "--resume", *options]) == 0
+    got = load(work / "epoch_2.pth")["state_dict"]
+    assert all(torch.equal(got[name], value) for name, value in expected["state_dict"].items())
+    assert "Resumed iteration number" not in capsys.readouterr().err
 
 
 def test_what_is_tested_after_training_is_the_average(tiny):
@@ -378,6 +393,14 @@ def test_an_odd_last_batch_cannot_be_mixed(tiny, capsys):
     )
 
 
+def test_an_epoch_without_a_whole_batch(tiny, capsys):
+    config, work = tiny
+    config.write_text(config.read_text() + "train_dataloader = dict(batch_size=2000, drop_last=True)\n")
+    assert main_train([str(config), "--work-dir", str(work)]) == 1
+    message = "batch_size: got 2000, with drop_last, but an epoch has 1437 images for this process"
+    assert message in one_line(capsys.readouterr().err)
+
+
 def test_out_of_memory_says_what_to_lower(tiny, monkeypatch, capsys):
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the manual")
@@ -399,6 +422,17 @@ def test_resume_from_a_checkpoint_of_another_model(tiny, capsys):
     assert "epoch_1.pth is not of this model: " in one_line(capsys.readouterr().err)
 
 
+def test_resume_with_other_batches(tiny, capsys):
+    config, work = tiny
+    assert main_train([str(config), "--work-dir", str(work), "--cfg-options", "train_cfg.max_epochs=1"]) == 0
+    capsys.readouterr()
+    options = ["train_dataloader.batch_size=8", "train_dataloader.num_batch_per_epoch=8", "optim_wrapper.accumulative_counts=2"]
+    assert main_train([str(config), "--work-dir", str(work), "--resume", "--cfg-options", *options]) == 1
+    assert "--resume: the checkpoint has 4 batches behind it in 1 epochs, this train_dataloader would have 8" in one_line(
+        capsys.readouterr().err
+    )
+
+
 def test_a_full_disk_is_noticed_before_training(tiny, monkeypatch, capsys):
     config, work = tiny
     usage = namedtuple("usage", "total used free")
@@ -406,6 +440,22 @@ def test_a_full_disk_is_noticed_before_training(tiny, monkeypatch, capsys):
     monkeypatch.setattr(MMEngineRunner, "train", lambda self: pytest.fail("training has started"))
     assert main_train([str(config), "--work-dir", str(work)]) == 1
     assert f"--work-dir: {work} has 1 MB left, 3 checkpoints need" in one_line(capsys.readouterr().err)
+
+
+def test_one_checkpoint_is_too_few(tiny, monkeypatch, capsys):
+    config, work = tiny
+    monkeypatch.setattr(MMEngineRunner, "train", lambda self: pytest.fail("training has started"))
+    options = ["--cfg-options", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    assert main_train([str(config), "--work-dir", str(work), *options]) == 1
+    assert "max_keep_ckpts: got 1, expected at least 2, or -1 for all" in one_line(capsys.readouterr().err)
+
+
+def test_half_a_line_in_a_log_is_left_out(tmp_path):
+    log = tmp_path / "20260101_000000" / "vis_data" / "scalars.json"
+    log.parent.mkdir(parents=True)
+    rows = [{"loss": 2.0, "iter": 1}, {"accuracy/top1": 50.0, "step": 1}]
+    log.write_text("\n".join(map(json.dumps, rows)) + '\n{"loss": 1.0, "it')
+    assert read_logs(tmp_path) == (rows[:1], rows[1:])
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_training(tiny, monkeypatch, capsys):

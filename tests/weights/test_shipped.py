@@ -81,6 +81,15 @@ def trained(tmp_path):
     return folder
 
 
+def test_a_card_says_how_its_own_model_was_trained():
+    with (ROOT / "benchmarks" / "cifar10_h200.csv").open(newline="") as file:
+        runs = {run["model"]: run for run in csv.DictReader(file)}
+    for model in ("vmamba_nano", "local_vmamba_nano", "vim_nano", "local_vim_nano"):
+        card = (ROOT / "model_cards" / f"{model}.cifar10.md").read_text()
+        assert f", {runs[model]['processes_on_gpu']} of these trainings on each GPU, " in card
+        assert f", {runs[model]['date']}. One recipe for all" in card
+
+
 def test_weights_enter_the_package(copied, trained):
     copy, run = copied
     shipping = run(str(copy / "tools" / "ship_weights.py"), str(trained))

@@ -14,6 +14,8 @@ from visionssm import registry
 from visionssm.errors import UserError, did_you_mean, first_line
 from visionssm.recipes import config_path
 
+from .values import check_values
+
 CLASSIFIERS = ("visionssm.ImageClassifier", "visionssm.DirectionSearch")
 DATALOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SHARED = ("data_root", "input_size")  # top-level keys that every data set gets which does not set its own
@@ -77,6 +79,7 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
             raise UserError(f"{cfg.filename}: unknown key {key!r}{near}")
     for path, node in _walk(cfg):
         _check_arguments(path, node, scope)
+    check_values(cfg)
     _check_schedule(cfg)
     for dataset in _datasets(cfg):
         accepted = set().union(*(_parameters(cls) or () for cls in _resolve(dataset["type"])))
@@ -96,7 +99,11 @@ def _check_schedule(cfg: Config) -> None:
     """Refuse a part of the schedule that begins after the end of training."""
     epochs = (cfg.get("train_cfg") or {}).get("max_epochs")
     for number, scheduler in enumerate(cfg.get("param_scheduler") or ()):
-        begin = scheduler.get("begin", 0)
+        begin, end = scheduler.get("begin", 0), scheduler.get("end")
+        if end is not None and end <= begin:
+            raise UserError(
+                f"param_scheduler.{number}.end: got {end}, expected more than {begin}, where {scheduler['type']} begins"
+            )
         if epochs is not None and scheduler.get("by_epoch", True) and begin >= epochs:
             raise UserError(
                 f"train_cfg.max_epochs: got {epochs}, expected more than {begin}, where {scheduler['type']} begins; for a shorter "

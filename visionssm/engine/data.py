@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -47,6 +47,16 @@ class ImageDataset(Dataset):
             if key not in (known := signature(create_transform).parameters):
                 raise UserError(f"transform.{key}: timm's create_transform has no such argument{did_you_mean(key, known)}")
         self.transform = create_transform(is_training=self.is_training, normalize=False, **self.data_config)
+
+    def check_label(self, label: int | None) -> None:
+        """See that a label that a file holds is that of a class.
+
+        Raises:
+            UserError: it is none.
+        """
+        classes = len(self.metainfo["classes"])
+        if label is None or not 0 <= label < classes:
+            raise UserError(f"dataset: the split {self.split!r} has the label {label}, expected 0 to {classes - 1}")
 
 
 @DATASETS.register_module()
@@ -119,6 +129,7 @@ class IndexedImages(ImageDataset):
             candidate = (index + offset) % len(self)
             image, label = self.read(candidate)
             if image is not None:
+                self.check_label(label)
                 image = image if isinstance(image, EncodedImage) else self.transform(image)
                 return {"image": image, "label": label, "unreadable": tuple(unreadable)}
             unreadable.append(self.file_name(candidate))
@@ -134,13 +145,17 @@ class IndexedImages(ImageDataset):
     def read(self, index: int) -> tuple[Image.Image | EncodedImage | None, int]:
         """The RGB image, or None where it cannot be decoded, and its label."""
         try:
-            file, label = self.reader[index]
+            file, label = self.opened(index)
             with file:
                 if self.drawn_view:
                     return self.drawn_view(file, self.file_name(index)), label
                 return Image.open(file).convert("RGB"), label
         except _DECODE_ERRORS:
             return None, IGNORED
+
+    def opened(self, index: int) -> tuple[BinaryIO, int]:
+        """The image's file, and its label."""
+        return self.reader[index]
 
     def file_name(self, index: int) -> str:
         """What to call an image in the list of unreadable ones."""
@@ -252,9 +267,21 @@ class HubImages(IndexedImages):
             raise UserError(f"dataset.target_key: column {target_key!r} of {name} does not name its classes")
         super().__init__(sorted(indices, key=indices.get), split, input_size, transform, decode)
 
+    def opened(self, index: int) -> tuple[BinaryIO, int]:
+        """The image's file, and its label.
+
+        Raises:
+            OSError: the row has no image.
+        """
+        try:
+            return super().opened(index)
+        except (TypeError, AssertionError) as error:  # how timm's reader meets it
+            raise OSError(f"{self.place}[{index}]: no image") from error
+
     def file_name(self, index: int) -> str:
         """The file's name, where the data set has kept it, and the index."""
-        return f"{self.place}[{index}] {self.reader.filename(index) or ''}".rstrip()
+        image = self.reader.dataset[index][self.reader.image_key] or {}
+        return f"{self.place}[{index}] {image.get('path') or ''}".rstrip()
 
     @property
     def place(self) -> str:

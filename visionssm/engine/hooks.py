@@ -8,37 +8,41 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
 from mmengine.model import ExponentialMovingAverage, is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.amp import autocast
 from timm.models import save_for_hf
 
 from visionssm.errors import UserError
 from visionssm.registry import HOOKS, MODELS
 
+from .optim import OptimWrapper
+
 
 @HOOKS.register_module()
 class RandomnessHook(Hook):
-    """Seeds every generator from (seed, rank, epoch) before each epoch, and tells iterable data sets the epoch.
+    """Seeds every generator from (seed, rank, epoch) before each epoch, and tells iterable data sets and the optimizer's wrapper.
 
-    A checkpoint holds no generator's state; with this, the epochs after a resume draw the same augmentations, mixtures, drop
-    paths and worker seeds as they would have drawn without the interruption.
+    A checkpoint holds no generator's state, and no gradients; with this, the epochs after a resume draw the same augmentations,
+    mixtures, drop paths and worker seeds, and update as often, as they would have without the interruption.
     """
 
     priority = "VERY_HIGH"
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed `random`, numpy and torch."""
+        """Seed `random`, numpy and torch; begin to count batches."""
         words = np.random.SeedSequence((runner.seed, runner.rank, runner.epoch)).generate_state(3)
         random.seed(int(words[0]))
         np.random.seed(words[1])  # noqa: NPY002  timm's and torchvision's transforms use the legacy generator
         torch.manual_seed(int(words[2]))
         if isinstance(runner.train_dataloader.dataset, torch.utils.data.IterableDataset):
             runner.train_dataloader.dataset.set_epoch(runner.epoch)
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and isinstance(runner.optim_wrapper, OptimWrapper):
+            runner.optim_wrapper.begin_epoch(len(runner.train_dataloader))
 
 
 @HOOKS.register_module()
@@ -172,6 +176,13 @@ class UnreadableImagesHook(Hook):
             for path in new:
                 runner.logger.info(f"skipped an image that cannot be read: {path}")
 
+    def total(self, runner: Runner) -> int:
+        """How many all processes have met; the list gets each once. All processes have to call this."""
+        together = sorted(set().union(*all_gather_object(self.paths)))
+        if together and is_main_process():
+            self.path(runner).write_text("".join(f"{path}\n" for path in together), encoding="utf-8")
+        return len(together)
+
     @staticmethod
     def path(runner: Runner) -> Path:
         """Where the list lies."""
@@ -180,12 +191,13 @@ class UnreadableImagesHook(Hook):
 
 @HOOKS.register_module()
 class DataCheckHook(Hook):
-    """Refuses data that does not fit the model, before the first batch: another number of classes, batches that cannot be mixed."""
+    """Refuses data that does not fit the model, before the first batch: classes, odd batches, other epochs than before a resume."""
 
     def before_train(self, runner: Runner) -> None:
         """Check the training data."""
         self.check_classes(runner, runner.train_dataloader.dataset)
         self.check_batches(runner)
+        self.check_progress(runner)
 
     def before_test(self, runner: Runner) -> None:
         """Check the test data."""
@@ -220,6 +232,21 @@ class DataCheckHook(Hook):
         last = 0 if loader.drop_last or not hasattr(loader.sampler, "__len__") else len(loader.sampler) % loader.batch_size
         if last % 2:
             raise UserError(f"train_dataloader.drop_last: expected True with mixup, as the last batch has an odd {last} images")
+
+    @staticmethod
+    def check_progress(runner: Runner) -> None:
+        """Check that an epoch has as many batches as before a resume: the schedule in the checkpoint counts them.
+
+        Raises:
+            UserError: it has not.
+        """
+        expected = runner.epoch * len(runner.train_dataloader)
+        if isinstance(runner.train_loop, EpochBasedTrainLoop) and runner.param_schedulers and runner.iter != expected:
+            raise UserError(
+                f"--resume: the checkpoint has {runner.iter} batches behind it in {runner.epoch} epochs, this train_dataloader "
+                f"would have {expected}, and the schedule counts them: take the same data, and a batch_size that, times the "
+                "number of processes, is what it was"
+            )
 
 
 @HOOKS.register_module()

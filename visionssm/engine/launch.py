@@ -26,7 +26,7 @@ from .metrics import in_percent
 from .progress import ProgressHook, position
 from .runner import Runner
 from .sharded import FlexibleRunner
-from .work_dir import check_space, check_writable
+from .work_dir import check_kept, check_space, check_writable
 
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
@@ -64,6 +64,7 @@ def train(args: Namespace) -> dict[str, float]:
             cfg.resume = cfg.load_from is not None
             _say(f"resuming from {cfg.load_from}" if cfg.resume else f"no checkpoint in {cfg.work_dir} yet: starting anew")
         with _runner(cfg) as runner:
+            check_kept(runner)
             check_space(runner)
             if mode := compile_mode(args):
                 unwrapped(runner.model).backbone.compile(mode=mode)
@@ -100,7 +101,7 @@ def report(runner: Runner, checkpoint: str | None) -> dict[str, float]:
     metrics = in_percent(runner.test())
     for name, value in metrics.items():
         _say(f"{name.replace('top', 'top-')}: {value:.1f} %")
-    unreadable = sum(len(hook.paths) for hook in runner.hooks if isinstance(hook, UnreadableImagesHook))
+    unreadable = sum(hook.total(runner) for hook in runner.hooks if isinstance(hook, UnreadableImagesHook))
     if unreadable:
         _say(f"{unreadable} images could not be read and were skipped: {UnreadableImagesHook.path(runner)}")
     places = {"checkpoint": checkpoint} if checkpoint else {}

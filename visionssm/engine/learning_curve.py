@@ -58,7 +58,10 @@ def read_logs(work_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     training, validation = {}, {}
     for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
         for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # a run that was killed may leave half a line
+                continue
             if "loss" in row:
                 training[row["iter"]] = row
             elif any(name.startswith("accuracy/") for name in row):

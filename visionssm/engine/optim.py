@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ class OptimWrapper(MMEngineOptimWrapper):
     Args:
         optimizer: the optimizer.
         dtype: "bfloat16" or "float16" for autocast; float16 scales the loss dynamically and needs a GPU. None for full precision.
-        accumulative_counts: batches between two updates; their gradients are averaged.
+        accumulative_counts: batches between two updates; their gradients are averaged. An epoch's last update may have fewer.
         clip_grad: arguments of `torch.nn.utils.clip_grad_norm_`, such as `max_norm`; None for no clipping.
 
     Attributes:
         grad_norm: norm of the newest gradients before they were clipped, on their device; None without clipping.
 
     Raises:
-        UserError: an unknown dtype, or one that this machine cannot train in.
+        UserError: an unknown dtype, or one that this machine cannot train in; an unknown argument of the clipping.
     """
 
     def __init__(
@@ -48,6 +49,9 @@ class OptimWrapper(MMEngineOptimWrapper):
         if dtype not in (None, *DTYPES):
             hint = did_you_mean(str(dtype), DTYPES)
             raise UserError(f"optim_wrapper.dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}{hint}")
+        for key in self.clip_grad_kwargs or {}:
+            if key not in (names := signature(self.clip_func).parameters):
+                raise UserError(f"optim_wrapper.clip_grad.{key}: expected {', '.join(names)}{did_you_mean(key, names)}")
         self.device_type = get_device()
         if dtype == "float16" and self.device_type == "cpu":
             remedy = "add --cfg-options optim_wrapper.dtype=bfloat16"
@@ -78,6 +82,11 @@ class OptimWrapper(MMEngineOptimWrapper):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = self.clip_func(parameters, **self.clip_grad_kwargs)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def begin_epoch(self, batches: int) -> None:
+        """Count an epoch's batches anew: what is left at its end makes an update, as a checkpoint holds no gradients."""
+        self._inner_count, self._max_counts = 0, batches
+        self._remainder_counts = batches % self._accumulative_counts
 
     def state_dict(self) -> dict:
         """The optimizer's, and the loss scaler's."""

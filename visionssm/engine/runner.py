@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import master_only
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -55,6 +57,9 @@ class Runner(MMEngineRunner):
             raise UserError(f"dataset: no image is left; {reason}") from error
         if hasattr(loader.dataset, "set_loader"):
             loader.dataset.set_loader(loader.batch_size, loader.num_workers)
+        elif loader.drop_last and not isinstance(loader.sampler, InfiniteSampler) and len(loader) == 0:
+            what = f"got {loader.batch_size}, with drop_last, but an epoch has {len(loader.sampler)} images for this process"
+            raise UserError(f"train_dataloader.batch_size: {what}")
         return loader
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
@@ -89,11 +94,14 @@ class Runner(MMEngineRunner):
 
 
 def quiet(logger: MMLogger) -> MMLogger:
-    """The log file takes every line, the terminal only warnings and errors that concern the user."""
+    """The log file takes every line, the terminal only warnings and errors that concern the user.
+
+    One that does not is of accumulated gradients that a resumed run has lost: an epoch leaves none.
+    """
     for handler in logger.handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.setLevel(max(handler.level, logging.WARNING))
-            handler.addFilter(lambda record: "deprecated" not in record.getMessage())
+            handler.addFilter(lambda record: not re.search("deprecated|^Resumed iteration number", record.getMessage()))
     return logger
 
 

@@ -10,7 +10,7 @@ from timm.data import create_dataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import IterableDataset
 
-from visionssm.errors import UserError, first_line
+from visionssm.errors import UserError, first_line, shortened
 from visionssm.registry import DATASETS
 
 from .data import ImageDataset, read_class_map, require_package
@@ -117,16 +117,29 @@ class ImageStream(ImageDataset, IterableDataset):
         """Images of this process in an epoch of training; of the whole split otherwise."""
         return len(self.reader) if self.is_training else self.reader.num_samples
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        skipped = _Skipped()
-        if self.kind == "wds":
+    def _open(self) -> None:
+        try:
             self.reader._lazy_init()
+        except RuntimeError as error:  # as of more workers than shards
+            raise UserError(f"dataset {self.split!r}: {first_line(error)}") from error
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        skipped, empty = _Skipped(), True
+        if self.kind == "wds" or self.reader.ds is None:
+            self._open()
+        if self.kind == "wds":
             self.reader.ds.pipeline.insert(-2, skipped.remember)
         logger = logging.getLogger(f"timm.data.readers.reader_{self.kind}")
         logger.addFilter(skipped)
         try:
             for image, label in self.reader:
+                empty = False
+                self.check_label(label)
                 yield {"image": self.transform(image), "label": int(label), "unreadable": tuple(skipped.take())}
+            if empty and self.is_training:
+                raise UserError(
+                    f"dataset: the split {self.split!r} has no image that can be read; skipped: {shortened(skipped.names)}"
+                )
         finally:
             logger.removeFilter(skipped)
 

@@ -1,4 +1,4 @@
-"""A run's folder: can it be written, and will the checkpoints fit?"""
+"""A run's folder: can it be written, will the checkpoints fit, and does one always lie there?"""
 
 import shutil
 import tempfile
@@ -24,6 +24,19 @@ def check_writable(folder: Path) -> None:
             file.write(b"0")
     except OSError as error:
         raise UserError(f"--work-dir: cannot write to {folder}: {error.strerror or error}") from error
+
+
+def check_kept(runner: Runner) -> None:
+    """See that there is always a whole checkpoint: mmengine removes the oldest before it writes the next.
+
+    Raises:
+        UserError: only one is kept.
+    """
+    if any(hook.max_keep_ckpts == 1 for hook in runner.hooks if isinstance(hook, CheckpointHook)):
+        raise UserError(
+            "default_hooks.checkpoint.max_keep_ckpts: got 1, expected at least 2, or -1 for all: the oldest is removed before the "
+            "next is written"
+        )
 
 
 def check_space(runner: Runner) -> None:
