@@ -166,6 +166,24 @@ def test_autocast(dtype):
     assert all(torch.isfinite(p.grad).all() for p in backbone.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_a_precision_of_its_own(with_cp):
+    """The maps and gradients of autocast around the backbone, in float32 outside."""
+    backbone = Backbone("vmamba_nano", with_cp=with_cp)
+    x = torch.randn(1, 3, 33, 47)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = backbone(x)
+    backbone.autocast_dtype = torch.bfloat16
+    own = backbone(x)
+    assert {level.dtype for level in own} == {torch.float32}
+    assert all(torch.equal(level, other.float()) for level, other in zip(own, around, strict=True))
+    gradients = [
+        torch.autograd.grad(sum(m.float().square().sum() for m in maps), list(backbone.parameters())) for maps in (around, own)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * b.abs().max().item())
+
+
 def test_batch_norms_become_synchronised():
     backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(Backbone("resnet18", out_indices=(1, 4)))
     assert isinstance(backbone.model.bn1, torch.nn.SyncBatchNorm)

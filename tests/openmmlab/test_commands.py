@@ -30,6 +30,14 @@ def test_train_and_test(name, digit_scenes, tmp_path, capsys, fresh_mmengine):
     assert str(checkpoint) in capsys.readouterr().out
 
 
+def test_mixed_precision_of_a_detector(digit_scenes, tmp_path, capsys, fresh_mmengine):
+    arguments = ["--work-dir", str(tmp_path), "--amp", *options(DETECTOR, digit_scenes)]
+    assert main_train([DETECTOR, *arguments]) == 0, capsys.readouterr().err
+    fresh_mmengine()
+    assert main_train([DETECTOR, *arguments, "optim_wrapper.type=AmpOptimWrapper", "optim_wrapper.dtype=bfloat16"]) == 1
+    assert "pass optim_wrapper.type=visionssm.OptimWrapper" in capsys.readouterr().err
+
+
 def test_missing_annotation_file(digit_scenes, tmp_path, capsys):
     assert main_train([DETECTOR, "--work-dir", str(tmp_path), *options(DETECTOR, digit_scenes / "elsewhere")]) == 1
     message = capsys.readouterr().err

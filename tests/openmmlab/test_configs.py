@@ -11,8 +11,8 @@ from mmengine.registry import MODELS, DefaultScope
 
 from parity import load_golden
 from visionssm.engine.config import load_config
-from visionssm.engine.dense import check_channels
-from visionssm.engine.optim import OptimWrapperConstructor
+from visionssm.engine.dense import check_channels, check_precision
+from visionssm.engine.optim import OptimWrapper, OptimWrapperConstructor
 from visionssm.errors import UserError
 from visionssm.recipes import recipes
 from visionssm.weights import checkpoints
@@ -276,6 +276,46 @@ def test_images_without_boxes():
         losses = model.train().train_step(batch(cfg, boxes=0), optim)
     assert torch.isfinite(losses["loss"])
     assert losses["loss_mask"].item() == 0.0
+
+
+def dtypes_of_a_step(model, data, modules):
+    """The types of what these modules return in a training step in bfloat16; its losses are finite."""
+    found = {}
+    for module, name in modules.items():
+        module.register_forward_hook(lambda _m, _x, y, name=name: found.__setitem__(name, (y[0] if type(y) is tuple else y).dtype))
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-4), dtype="bfloat16")
+    losses = model.train().train_step(data, wrapper)
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    return found
+
+
+def test_bfloat16_of_a_detector_is_for_its_backbone():
+    """mmcv's operators know none: neck and heads compute in float32; a segmentor's heads in bfloat16."""
+    cfg, model = build(NANO)
+    block = model.backbone.model.layers[1].blocks[0].op.in_proj
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        found = dtypes_of_a_step(model, batch(cfg), {block: "block", model.backbone: "maps", model.rpn_head.rpn_cls: "head"})
+        assert found == {"block": torch.bfloat16, "maps": torch.float32, "head": torch.float32}
+        model.eval().test_step(batch(cfg))
+    cfg, model = build("upernet_vmamba-nano_digit-scenes")
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        found = dtypes_of_a_step(model, batch(cfg), {model.backbone: "maps", model.decode_head.conv_seg: "head"})
+    assert found == {"maps": torch.bfloat16, "head": torch.bfloat16}
+
+
+def test_bfloat16_of_a_detector_without_our_backbone():
+    cfg, model = build(NANO)
+    ours = {"type": "visionssm.OptimWrapper", "dtype": "bfloat16"}
+    check_precision(model, ours)
+    with pytest.raises(UserError, match=r"AmpOptimWrapper takes it to them; pass optim_wrapper\.type=visionssm\.OptimWrapper"):
+        check_precision(model, {"type": "AmpOptimWrapper", "dtype": "bfloat16"})
+    model.backbone = torch.nn.Identity()
+    message = r"bfloat16 is for a visionssm\.Backbone.*pass optim_wrapper\.dtype=float16"
+    with pytest.raises(UserError, match=message):
+        check_precision(model, ours)
+    check_precision(model, {**ours, "dtype": "float16"})
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), pytest.raises(UserError, match=message):
+        dtypes_of_a_step(model, batch(cfg), {})
 
 
 @pytest.mark.parametrize(

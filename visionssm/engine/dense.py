@@ -1,9 +1,11 @@
-"""What is checked of a detector or a segmentor before it runs: its files, and the channels between its parts."""
+"""What is checked of a detector or a segmentor before it runs: files, channels between its parts; and a detector's precision."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from visionssm.errors import UserError
@@ -67,3 +69,52 @@ def check_channels(model: nn.Module) -> None:
         if not fits:
             where = "" if index is None else f" at in_index={index}"
             raise UserError(f"model.{name}.in_channels: got {expected}{where}, the backbone's levels have {list(given)} channels")
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether it is a model of mmdet, or derived from one; mmdet is not imported for it."""
+    return any(cls.__module__.startswith("mmdet.") for cls in type(model).__mro__)
+
+
+def check_precision(model: nn.Module, optim_wrapper: Mapping[str, Any]) -> None:
+    """Refuse bfloat16 in a detector where it would reach mmcv's operators, which do not know it.
+
+    Raises:
+        UserError: a detector without a `visionssm.Backbone`, or an optimizer wrapper other than ours, with `dtype` bfloat16.
+    """
+    if not is_detector(model) or optim_wrapper.get("dtype") not in ("bfloat16", torch.bfloat16):
+        return
+    if optim_wrapper.get("type") != "visionssm.OptimWrapper":
+        raise UserError(
+            f"optim_wrapper.dtype: mmcv's operators know no bfloat16, and {optim_wrapper.get('type')} takes it to them; "
+            "pass optim_wrapper.type=visionssm.OptimWrapper, which keeps it to the backbone, or optim_wrapper.dtype=float16"
+        )
+    _backbones(model)
+
+
+@contextmanager
+def backbone_autocast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, every `visionssm.Backbone` in `model` computes in `dtype` and returns float32; neck, heads and losses are left alone.
+
+    Raises:
+        UserError: there is none.
+    """
+    backbones = _backbones(model)
+    for backbone in backbones:
+        backbone.autocast_dtype = dtype
+    try:
+        yield
+    finally:
+        for backbone in backbones:
+            backbone.autocast_dtype = None
+
+
+def _backbones(model: nn.Module) -> list[nn.Module]:
+    """The modules that can have a precision of their own."""
+    found = [module for module in model.modules() if hasattr(module, "autocast_dtype")]
+    if not found:
+        raise UserError(
+            "optim_wrapper.dtype: in a detector bfloat16 is for a visionssm.Backbone, as mmcv's operators know none; "
+            "pass optim_wrapper.dtype=float16, which needs a GPU, or train in full precision without --amp"
+        )
+    return found

@@ -18,7 +18,7 @@ from visionssm.errors import UserError, first_line
 
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
-from .dense import check_channels, check_files
+from .dense import check_channels, check_files, check_precision
 from .distributed import process_group
 from .hooks import ExportHook, UnreadableImagesHook, unwrapped
 from .learning_curve import LearningCurveHook
@@ -202,6 +202,7 @@ def _runner(cfg: Config) -> Iterator[Runner]:
     runner = _runner_class(cfg).from_cfg(cfg)
     try:
         check_channels(unwrapped(runner.model))
+        check_precision(unwrapped(runner.model), cfg.get("optim_wrapper") or {})
         yield runner
     finally:
         for hook in runner.hooks:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.model import BaseModule
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Backbone(BaseModule):
     Attributes:
         out_channels: channels of every level.
         strides: stride of every level, pixels.
+        autocast_dtype: compute in it, and return float32, whatever precision surrounds the backbone; None for the latter's.
 
     Raises:
         UserError: an unknown model, argument, level or tap; weights that are not the model's.
@@ -78,6 +80,7 @@ class Backbone(BaseModule):
             for i, channels in zip(self.out_indices, self.out_channels, strict=True):
                 self.add_module(f"{_OUT_NORM}{i}", nn.LayerNorm(channels))
         self.norm_eval = norm_eval
+        self.autocast_dtype: torch.dtype | None = None
         self._freeze(frozen_stages, model_name)
         self.register_state_dict_post_hook(_without_model)
         self.register_load_state_dict_pre_hook(_with_model)
@@ -98,6 +101,14 @@ class Backbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image batch `(batch, in_chans, H, W)` -> one map `(batch, C_i, H_i, W_i)` per level, contiguous."""
+        if self.autocast_dtype is None:
+            return self._maps(x)
+        with torch.autocast(x.device.type, self.autocast_dtype):
+            maps = self._maps(x)
+        return tuple(level.float() for level in maps)
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` returns, in the surrounding precision."""
         if self.tap == "mixer":
             maps = self._mixer_maps(x)
         else:
