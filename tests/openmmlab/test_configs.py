@@ -249,11 +249,12 @@ def test_heads_are_the_stock_ones(name, stock, tmp_path):
 # --- sizes, wrong parts ---------------------------------------------------------------------------------------------------
 
 NANO = "mask-rcnn_vmamba-nano_fpn_digit-scenes"
+NANO_SEGMENTOR = "upernet_vmamba-nano_digit-scenes"
 
 
 @pytest.mark.parametrize(
     ("name", "size", "images"),
-    [(NANO, (800, 1333), 1), (NANO, (427, 640), 1), (NANO, (333, 201), 2), ("upernet_vmamba-nano_digit-scenes", (123, 77), 2)],
+    [(NANO, (800, 1333), 1), (NANO, (427, 640), 1), (NANO, (333, 201), 2), (NANO_SEGMENTOR, (123, 77), 2)],
 )
 def test_any_size(name, size, images):
     """COCO's usual sizes, and odd ones: a training step, and predictions of the images' size."""
@@ -297,7 +298,7 @@ def test_bfloat16_of_a_detector_is_for_its_backbone():
         found = dtypes_of_a_step(model, batch(cfg), {block: "block", model.backbone: "maps", model.rpn_head.rpn_cls: "head"})
         assert found == {"block": torch.bfloat16, "maps": torch.float32, "head": torch.float32}
         model.eval().test_step(batch(cfg))
-    cfg, model = build("upernet_vmamba-nano_digit-scenes")
+    cfg, model = build(NANO_SEGMENTOR)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         found = dtypes_of_a_step(model, batch(cfg), {model.backbone: "maps", model.decode_head.conv_seg: "head"})
     assert found == {"maps": torch.bfloat16, "head": torch.bfloat16}
@@ -323,12 +324,12 @@ def test_bfloat16_of_a_detector_without_our_backbone():
     [
         (NANO, {"neck": {"in_channels": [64, 128, 256]}}, r"model.neck.in_channels: got \[64, 128, 256\].*\[96, 128, 128\]"),
         (
-            "upernet_vmamba-nano_digit-scenes",
+            NANO_SEGMENTOR,
             {"decode_head": {"in_channels": [32, 64, 128, 256]}},
             r"model.decode_head.in_channels: got \[32, 64, 128, 256\].*\[64, 96, 128, 128\]",
         ),
         (
-            "upernet_vmamba-nano_digit-scenes",
+            NANO_SEGMENTOR,
             {"auxiliary_head": {"in_channels": 64}},
             r"model.auxiliary_head.in_channels: got 64 at in_index=2.*\[64, 96, 128, 128\]",
         ),
@@ -340,5 +341,25 @@ def test_wrong_channels(name, change, message):
         cfg.model[part].update(values)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
+    with pytest.raises(UserError, match=message):
+        check_channels(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        (NANO, "neck", r"model.neck.0.in_channels: got \[96, 128, 64\]"),
+        (NANO_SEGMENTOR, "auxiliary_head", r"model.auxiliary_head.1.*got 64"),
+    ],
+)
+def test_wrong_channels_in_a_list(name, part, message):
+    """Necks one after another, of which the first reads the backbone; auxiliary heads side by side."""
+    cfg = copy.deepcopy(config(name))
+    right = cfg.model[part]
+    other = {"type": "BFP", "in_channels": 64, "num_levels": 4} if part == "neck" else right
+    wrong = {**right, "in_channels": [96, 128, 64] if part == "neck" else 64}
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        check_channels(MODELS.build({**cfg.model, part: [right, other]}))
+        model = MODELS.build({**cfg.model, part: [wrong, other] if part == "neck" else [right, wrong]})
     with pytest.raises(UserError, match=message):
         check_channels(model)

@@ -52,11 +52,7 @@ def check_channels(model: nn.Module) -> None:
     given = getattr(backbone, "out_channels", None)
     if given is None:
         return
-    neck = getattr(model, "neck", None)
-    readers = (
-        {"neck": neck} if neck is not None else {name: getattr(model, name, None) for name in ("decode_head", "auxiliary_head")}
-    )
-    for name, reader in readers.items():
+    for name, reader in _readers(model):
         expected = getattr(reader, "in_channels", None)
         index = getattr(reader, "in_index", None)
         if isinstance(expected, int):  # one level, or a neck that reads all levels alike
@@ -69,6 +65,22 @@ def check_channels(model: nn.Module) -> None:
         if not fits:
             where = "" if index is None else f" at in_index={index}"
             raise UserError(f"model.{name}.in_channels: got {expected}{where}, the backbone's levels have {list(given)} channels")
+
+
+def _readers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
+    """What reads the backbone's levels: the neck, the first one of several, or without one the heads, each of a list."""
+    neck = getattr(model, "neck", None)
+    if isinstance(neck, nn.Sequential):
+        yield "neck.0", neck[0]
+    elif neck is not None:
+        yield "neck", neck
+    else:
+        for name in ("decode_head", "auxiliary_head"):
+            head = getattr(model, name, None)
+            if isinstance(head, nn.ModuleList):
+                yield from ((f"{name}.{i}", one) for i, one in enumerate(head))
+            else:
+                yield name, head
 
 
 def is_detector(model: nn.Module) -> bool:
