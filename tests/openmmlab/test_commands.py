@@ -1,6 +1,7 @@
 """Detectors and segmentors through `visionssm train` and `test`, and what they say to wrong data."""
 
 import json
+import re
 
 import pytest
 
@@ -43,6 +44,31 @@ def test_missing_annotation_file(digit_scenes, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "train_dataloader.dataset.ann_file: no such file or folder" in message
     assert "data_root=" in message
+
+
+def test_missing_annotation_file_of_a_metric(digit_scenes, tmp_path, capsys):
+    """It is read after training, and missed before."""
+    change = f"test_evaluator.ann_file={tmp_path}/none.json"
+    assert main_train([DETECTOR, "--work-dir", str(tmp_path), *options(DETECTOR, digit_scenes), change]) == 1
+    assert "test_evaluator.ann_file: no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"images": ['])
+def test_broken_annotation_file(digit_scenes, tmp_path, capsys, content):
+    (tmp_path / "broken.json").write_text(content)
+    change = f"train_dataloader.dataset.ann_file={tmp_path}/broken.json"
+    assert main_train([DETECTOR, "--work-dir", str(tmp_path), *options(DETECTOR, digit_scenes), change]) == 1
+    assert f"dataset.ann_file: {tmp_path}/broken.json cannot be read as COCO's format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_missing_image(digit_scenes, tmp_path, capsys, workers):
+    content = json.loads((digit_scenes / "annotations" / "instances_train.json").read_text())
+    images = [{**image, "file_name": f"no-{image['file_name']}"} for image in content["images"]]
+    (tmp_path / "renamed.json").write_text(json.dumps({**content, "images": images}))
+    changes = [f"train_dataloader.dataset.ann_file={tmp_path}/renamed.json", f"train_dataloader.num_workers={workers}"]
+    assert main_train([DETECTOR, "--work-dir", str(tmp_path), *options(DETECTOR, digit_scenes), *changes]) == 1
+    assert re.fullmatch(r"\S+: error: \[Errno 2\] No such file or directory: '\S+/train/no-\d+.png'\n", capsys.readouterr().err)
 
 
 def test_no_image_with_boxes(digit_scenes, tmp_path, capsys):

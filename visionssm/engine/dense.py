@@ -14,7 +14,7 @@ LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 
 
 def check_files(cfg: Mapping[str, Any], loaders: Sequence[str] = LOADERS) -> None:
-    """Look for the annotation files and folders that mmdet's and mmseg's data sets name.
+    """Look for the annotation files and folders that mmdet's and mmseg's data sets and metrics name.
 
     Raises:
         UserError: one does not exist.
@@ -25,10 +25,22 @@ def check_files(cfg: Mapping[str, Any], loaders: Sequence[str] = LOADERS) -> Non
             named = {"ann_file": dataset.get("ann_file")}
             named |= {f"data_prefix.{key}": value for key, value in (dataset.get("data_prefix") or {}).items()}
             for key, name in named.items():
-                if name and "://" not in root + name and not (place := Path(root, name)).exists():
-                    raise UserError(
-                        f"{path}.{key}: no such file or folder: {place}; --cfg-options data_root=... says where the data lies"
-                    )
+                _check_exists(f"{path}.{key}", root, name)
+        evaluator = loader.replace("dataloader", "evaluator")
+        metrics = cfg.get(evaluator) or ()
+        for metric in [metrics] if isinstance(metrics, Mapping) else metrics:
+            _check_exists(f"{evaluator}.ann_file", "", metric.get("ann_file"))
+
+
+def _check_exists(key: str, root: str, name: str | None) -> None:
+    if name and "://" not in root + name and not (place := Path(root, name)).exists():
+        raise UserError(f"{key}: no such file or folder: {place}; --cfg-options data_root=... says where the data lies")
+
+
+def annotation_files(loader: Mapping[str, Any]) -> list[str]:
+    """The files in COCO's format that a loader's data sets name."""
+    named = [Path(str(d.get("data_root") or ""), d.get("ann_file") or "") for _, d in _datasets(loader, "dataloader")]
+    return [str(path) for path in named if path.suffix == ".json"]
 
 
 def _datasets(node: Mapping[str, Any], path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

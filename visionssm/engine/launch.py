@@ -136,13 +136,16 @@ def _explained() -> Iterator[None]:
     """What the user can correct, as a UserError of one line.
 
     Raises:
-        UserError: one from a loader's worker without its traceback; too little memory, with what to lower.
+        UserError: one from a loader's worker without its traceback; a missing file; too little memory, with what to lower.
     """
     try:
         yield
     except UserError as error:
         message = str(error).rpartition(f"{UserError.__name__}: ")[2]
         raise UserError(" ".join(message.split())) from error
+    except FileNotFoundError as error:
+        reason = str(error).rpartition(f"{FileNotFoundError.__name__}: ")[2]
+        raise UserError(" ".join(reason.split())) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of memory on the device: lower train_dataloader.batch_size and raise optim_wrapper.accumulative_counts by "

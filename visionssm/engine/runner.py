@@ -18,7 +18,14 @@ from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from visionssm.errors import UserError, shortened
+from visionssm.errors import UserError, first_line, shortened
+
+from .dense import annotation_files
+
+_NO_IMAGE = (
+    "a detector's filter_cfg drops images without boxes of metainfo.classes and images smaller than min_size; "
+    "a segmentor's data set takes the files in data_prefix.img_path that end in img_suffix"
+)
 
 
 class Runner(MMEngineRunner):
@@ -43,16 +50,26 @@ class Runner(MMEngineRunner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
-        """Also of an iterable data set, which shards itself by what it learns of the loader here; pins memory for a GPU alone."""
+        """Also of an iterable data set, which shards itself by what it learns of the loader here; pins memory for a GPU alone.
+
+        Raises:
+            UserError: no image, or an annotation file that is none.
+        """
         if isinstance(dataloader, dict) and dataloader.get("pin_memory") and not torch.cuda.is_available():
             dataloader = {**dataloader, "pin_memory": False}
         try:
             loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
-        except ValueError as error:  # how mmengine's data sets fail when nothing is left to store
-            if "need at least one array to concatenate" not in str(error):
+        except (ValueError, KeyError, AssertionError) as error:
+            if "need at least one array to concatenate" in str(
+                error
+            ):  # how mmengine's data sets fail when nothing is left to store
+                raise UserError(f"dataset: no image is left; {_NO_IMAGE}") from error
+            files = annotation_files(dataloader) if isinstance(dataloader, dict) else []
+            if not files or isinstance(error, UserError):
                 raise
-            reason = "a detector's filter_cfg drops images without boxes and images smaller than min_size"
-            raise UserError(f"dataset: no image is left; {reason}") from error
+            raise UserError(
+                f"dataset.ann_file: {shortened(files)} cannot be read as COCO's format: {type(error).__name__}: {first_line(error)}"
+            ) from error
         if hasattr(loader.dataset, "set_loader"):
             loader.dataset.set_loader(loader.batch_size, loader.num_workers)
         return loader
