@@ -64,6 +64,10 @@ class Backbone(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(model_name, str):
+            raise UserError(f"model.backbone.model_name: got {model_name!r}, expected a name as in `visionssm list`")
+        if "num_classes" in kwargs:
+            raise UserError("model.backbone.num_classes: a backbone has no classifier; the heads have a num_classes of their own")
         model = create_backbone(model_name, pretrained=pretrained is True, num_classes=0, **kwargs)
         self.out_indices = _checked_levels(out_indices, model, model_name)
         self.tap = _checked_tap(tap, model, model_name)
@@ -152,8 +156,8 @@ class Backbone(BaseModule):
     def _freeze(self, stages: int, model_name: str) -> None:
         groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
         last = max(groups.values())
-        if not -1 <= stages <= last:
-            raise UserError(f"model.backbone.frozen_stages: {model_name} has {last} stages, got {stages}, expected -1 to {last}")
+        if type(stages) is not int or not -1 <= stages <= last:
+            raise UserError(f"model.backbone.frozen_stages: {model_name} has {last} stages, got {stages!r}, expected -1 to {last}")
         for name, parameter in self.model.named_parameters():
             if groups[name] <= stages:
                 parameter.requires_grad_(False)
@@ -168,7 +172,7 @@ def _checked_levels(out_indices: Sequence[int], model: nn.Module, name: str) -> 
         raise UserError(f"model.backbone.model_name: {name} gives no intermediate features")
     count = len(model.feature_info)
     expected = f"model.backbone.out_indices: {name} has {count} levels, expected ascending numbers of 0 to {count - 1}"
-    if isinstance(out_indices, int) or not all(isinstance(i, int) and -count <= i < count for i in out_indices):
+    if not isinstance(out_indices, Sequence) or not all(type(i) is int and -count <= i < count for i in out_indices):
         raise UserError(f"{expected}, got {out_indices}")
     levels = tuple(i % count for i in out_indices)
     if not levels or list(levels) != sorted(set(levels)):
