@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from visionssm.cli import main
 from visionssm.engine.launch import main_test, main_train
 
 SHORT = {
@@ -29,6 +31,28 @@ def test_train_and_test(name, digit_scenes, tmp_path, capsys, fresh_mmengine):
     capsys.readouterr()
     assert main_test([name, str(checkpoint), *arguments]) == 0
     assert str(checkpoint) in capsys.readouterr().out
+
+
+def test_a_converted_file_is_tested(digit_scenes, tmp_path, capsys, fresh_mmengine):
+    """What `visionssm convert` makes of a detector's file has the same metrics; one of other names is refused."""
+    arguments = ["--work-dir", str(tmp_path), *options(DETECTOR, digit_scenes)]
+    assert main_train([DETECTOR, *arguments]) == 0, capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "epoch_1.pth"), "--model", "vmamba_nano", "-o", str(tmp_path / "d.safetensors")]) == 0
+    printed = []
+    for name in ("epoch_1.pth", "d.safetensors"):
+        fresh_mmengine()
+        capsys.readouterr()
+        gone = "model.backbone.pretrained=gone.pth"  # what training began with is not needed any more
+        assert main_test([DETECTOR, str(tmp_path / name), *arguments, gone]) == 0, capsys.readouterr().err
+        printed.append([line for line in capsys.readouterr().out.splitlines() if "mAP" in line])
+    assert printed[0] == printed[1] != []
+    fresh_mmengine()
+    assert main_train([DETECTOR, "--resume", *arguments, gone, "train_cfg.max_epochs=2"]) == 0, capsys.readouterr().err
+    weights = load_file(tmp_path / "d.safetensors")
+    save_file({name: value for name, value in weights.items() if "rpn" not in name}, tmp_path / "d.safetensors")
+    fresh_mmengine()
+    assert main_test([DETECTOR, str(tmp_path / "d.safetensors"), *arguments]) == 1
+    assert "is not of this model: missing keys in source state_dict: rpn_head" in capsys.readouterr().err
 
 
 def test_mixed_precision_of_a_detector(digit_scenes, tmp_path, capsys, fresh_mmengine):

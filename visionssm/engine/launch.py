@@ -63,6 +63,8 @@ def train(args: Namespace) -> dict[str, float]:
             cfg.load_from = newest_checkpoint(cfg.work_dir)
             cfg.resume = cfg.load_from is not None
             _say(f"resuming from {cfg.load_from}" if cfg.resume else f"no checkpoint in {cfg.work_dir} yet: starting anew")
+            if cfg.resume:
+                _without_initial_weights(cfg)
         with _runner(cfg) as runner:
             check_space(runner)
             if mode := compile_mode(args):
@@ -85,6 +87,7 @@ def test(args: Namespace) -> dict[str, float]:
         cfg = _prepare(args, distributed)
         check_files(cfg, ["test_dataloader"])
         cfg.load_from = args.checkpoint
+        _without_initial_weights(cfg)
         # the averaged weights are a checkpoint's weights, so nothing is left to average or to swap
         cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks", []) if hook["type"] not in ("EMAHook", "visionssm.EMAHook")]
         if args.tta:
@@ -189,6 +192,12 @@ def _use_amp(cfg: Config) -> None:
     if wrapper.get("type", "OptimWrapper") in ("OptimWrapper", "visionssm.OptimWrapper"):
         wrapper.type = "visionssm.OptimWrapper"
         wrapper.dtype = wrapper.get("dtype") or "bfloat16"
+
+
+def _without_initial_weights(cfg: Config) -> None:
+    """The checkpoint has all weights: those that training began with are not looked for, nor fetched."""
+    if "pretrained" in cfg.model.get("backbone", {}):
+        cfg.model.backbone.pretrained = False
 
 
 def _runner_class(cfg: Config) -> type[Runner] | type[FlexibleRunner]:

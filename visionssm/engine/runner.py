@@ -14,11 +14,13 @@ from mmengine.dist import master_only
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
+from mmengine.runner import CheckpointLoader
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 from torch.utils.data import DataLoader
 
 from visionssm.errors import UserError, first_line, shortened
+from visionssm.weights import read_checkpoint
 
 from .dense import annotation_files
 
@@ -26,6 +28,12 @@ _NO_IMAGE = (
     "a detector's filter_cfg drops images without boxes of metainfo.classes and images smaller than min_size; "
     "a segmentor's data set takes the files in data_prefix.img_path that end in img_suffix"
 )
+
+
+@CheckpointLoader.register_scheme(prefixes=r".*\.safetensors$")
+def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """What `visionssm convert` writes, for mmengine; on the CPU, wherever it goes from there."""
+    return {"state_dict": read_checkpoint(filename), "meta": {}}
 
 
 class Runner(MMEngineRunner):
@@ -96,7 +104,7 @@ class Runner(MMEngineRunner):
             super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
 
     def load_checkpoint(self, filename: str, map_location: str | Callable = "cpu", strict: bool = True, **kwargs: Any) -> dict:
-        """Load a checkpoint that fits the model key by key; code in a pickle is never run.
+        """Load a checkpoint, `.pth` or `.safetensors`, that fits the model key by key; code in a pickle is never run.
 
         Raises:
             UserError: no such file, a file that is no checkpoint, or a checkpoint of another model.
