@@ -166,6 +166,24 @@ def test_autocast(dtype):
     assert all(torch.isfinite(p.grad).all() for p in backbone.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_a_precision_of_its_own(with_cp):
+    """The maps and gradients of autocast around the backbone, in float32 outside."""
+    backbone = Backbone("vmamba_nano", with_cp=with_cp)
+    x = torch.randn(1, 3, 33, 47)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = backbone(x)
+    backbone.autocast_dtype = torch.bfloat16
+    own = backbone(x)
+    assert {level.dtype for level in own} == {torch.float32}
+    assert all(torch.equal(level, other.float()) for level, other in zip(own, around, strict=True))
+    gradients = [
+        torch.autograd.grad(sum(m.float().square().sum() for m in maps), list(backbone.parameters())) for maps in (around, own)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * b.abs().max().item())
+
+
 def test_batch_norms_become_synchronised():
     backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(Backbone("resnet18", out_indices=(1, 4)))
     assert isinstance(backbone.model.bn1, torch.nn.SyncBatchNorm)
@@ -180,6 +198,12 @@ def test_batch_norms_become_synchronised():
         ({"model_name": "vmamba_nano", "out_indices": (2, 1)}, "expected ascending numbers"),
         ({"model_name": "vmamba_nano", "out_indices": ()}, "expected ascending numbers"),
         ({"model_name": "vmamba_nano", "out_indices": 3}, "expected ascending numbers"),
+        ({"model_name": "vmamba_nano", "out_indices": None}, "expected ascending numbers"),
+        ({"model_name": "vmamba_nano", "out_indices": (False, True)}, "expected ascending numbers"),
+        ({"model_name": None}, "model_name: got None, expected a name"),
+        ({"model_name": "vmamba_nano", "num_classes": 10}, "num_classes: a backbone has no classifier"),
+        ({"model_name": "vmamba_nano", "frozen_stages": "1"}, "has 4 stages, got '1', expected -1 to 4"),
+        ({"model_name": "vmamba_nano", "frozen_stages": 1.5}, "has 4 stages, got 1.5, expected -1 to 4"),
         ({"model_name": "vmamba_nano", "frozen_stages": 7}, "frozen_stages: vmamba_nano has 4 stages, got 7"),
         ({"model_name": "vmamba_nano", "tap": "hidden"}, "tap: got 'hidden', expected one of stream, norm, mixer"),
         ({"model_name": "vmamba_nano", "tap": "mixer"}, "'mixer' is for Vim and LocalVim"),
@@ -206,6 +230,8 @@ def test_necks():
     [
         (lambda: SimpleFeaturePyramid(24)([torch.zeros(1, 32, 4, 4)]), r"the backbone's maps have \[32\] channels.*\[24\]"),
         (lambda: ResamplingNeck(32)([torch.zeros(1, 32, 4, 4)] * 3), r"\[32, 32, 32\] channels"),
+        (lambda: SimpleFeaturePyramid([32] * 4), r"in_channels: got \[32, 32, 32, 32\], expected one number"),
+        (lambda: ResamplingNeck([32] * 4), r"in_channels: got \[32, 32, 32, 32\], expected one number"),
         (lambda: SimpleFeaturePyramid(32, scales=(3,)), "scales: got 3, expected some of 4.0, 2.0, 1.0, 0.5"),
         (lambda: SimpleFeaturePyramid(32, num_outs=2), "num_outs: got 2, expected at least 4"),
         (lambda: ResamplingNeck(32, norm_cfg={"type": "GN"}), "norm_cfg.type: got 'GN', expected BN or SyncBN"),

@@ -11,8 +11,8 @@ from mmengine.registry import MODELS, DefaultScope
 
 from parity import load_golden
 from visionssm.engine.config import load_config
-from visionssm.engine.dense import check_channels
-from visionssm.engine.optim import OptimWrapperConstructor
+from visionssm.engine.dense import check_channels, check_precision
+from visionssm.engine.optim import OptimWrapper, OptimWrapperConstructor
 from visionssm.errors import UserError
 from visionssm.recipes import recipes
 from visionssm.weights import checkpoints
@@ -249,11 +249,12 @@ def test_heads_are_the_stock_ones(name, stock, tmp_path):
 # --- sizes, wrong parts ---------------------------------------------------------------------------------------------------
 
 NANO = "mask-rcnn_vmamba-nano_fpn_digit-scenes"
+NANO_SEGMENTOR = "upernet_vmamba-nano_digit-scenes"
 
 
 @pytest.mark.parametrize(
     ("name", "size", "images"),
-    [(NANO, (800, 1333), 1), (NANO, (427, 640), 1), (NANO, (333, 201), 2), ("upernet_vmamba-nano_digit-scenes", (123, 77), 2)],
+    [(NANO, (800, 1333), 1), (NANO, (427, 640), 1), (NANO, (333, 201), 2), (NANO_SEGMENTOR, (123, 77), 2)],
 )
 def test_any_size(name, size, images):
     """COCO's usual sizes, and odd ones: a training step, and predictions of the images' size."""
@@ -278,17 +279,57 @@ def test_images_without_boxes():
     assert losses["loss_mask"].item() == 0.0
 
 
+def dtypes_of_a_step(model, data, modules):
+    """The types of what these modules return in a training step in bfloat16; its losses are finite."""
+    found = {}
+    for module, name in modules.items():
+        module.register_forward_hook(lambda _m, _x, y, name=name: found.__setitem__(name, (y[0] if type(y) is tuple else y).dtype))
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-4), dtype="bfloat16")
+    losses = model.train().train_step(data, wrapper)
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    return found
+
+
+def test_bfloat16_of_a_detector_is_for_its_backbone():
+    """mmcv's operators know none: neck and heads compute in float32; a segmentor's heads in bfloat16."""
+    cfg, model = build(NANO)
+    block = model.backbone.model.layers[1].blocks[0].op.in_proj
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        found = dtypes_of_a_step(model, batch(cfg), {block: "block", model.backbone: "maps", model.rpn_head.rpn_cls: "head"})
+        assert found == {"block": torch.bfloat16, "maps": torch.float32, "head": torch.float32}
+        model.eval().test_step(batch(cfg))
+    cfg, model = build(NANO_SEGMENTOR)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        found = dtypes_of_a_step(model, batch(cfg), {model.backbone: "maps", model.decode_head.conv_seg: "head"})
+    assert found == {"maps": torch.bfloat16, "head": torch.bfloat16}
+
+
+def test_bfloat16_of_a_detector_without_our_backbone():
+    cfg, model = build(NANO)
+    ours = {"type": "visionssm.OptimWrapper", "dtype": "bfloat16"}
+    check_precision(model, ours)
+    with pytest.raises(UserError, match=r"AmpOptimWrapper takes it to them; pass optim_wrapper\.type=visionssm\.OptimWrapper"):
+        check_precision(model, {"type": "AmpOptimWrapper", "dtype": "bfloat16"})
+    model.backbone = torch.nn.Identity()
+    message = r"bfloat16 is for a visionssm\.Backbone.*pass optim_wrapper\.dtype=float16"
+    with pytest.raises(UserError, match=message):
+        check_precision(model, ours)
+    check_precision(model, {**ours, "dtype": "float16"})
+    with DefaultScope.overwrite_default_scope(cfg.default_scope), pytest.raises(UserError, match=message):
+        dtypes_of_a_step(model, batch(cfg), {})
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         (NANO, {"neck": {"in_channels": [64, 128, 256]}}, r"model.neck.in_channels: got \[64, 128, 256\].*\[96, 128, 128\]"),
         (
-            "upernet_vmamba-nano_digit-scenes",
+            NANO_SEGMENTOR,
             {"decode_head": {"in_channels": [32, 64, 128, 256]}},
             r"model.decode_head.in_channels: got \[32, 64, 128, 256\].*\[64, 96, 128, 128\]",
         ),
         (
-            "upernet_vmamba-nano_digit-scenes",
+            NANO_SEGMENTOR,
             {"auxiliary_head": {"in_channels": 64}},
             r"model.auxiliary_head.in_channels: got 64 at in_index=2.*\[64, 96, 128, 128\]",
         ),
@@ -300,5 +341,25 @@ def test_wrong_channels(name, change, message):
         cfg.model[part].update(values)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
+    with pytest.raises(UserError, match=message):
+        check_channels(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        (NANO, "neck", r"model.neck.0.in_channels: got \[96, 128, 64\]"),
+        (NANO_SEGMENTOR, "auxiliary_head", r"model.auxiliary_head.1.*got 64"),
+    ],
+)
+def test_wrong_channels_in_a_list(name, part, message):
+    """Necks one after another, of which the first reads the backbone; auxiliary heads side by side."""
+    cfg = copy.deepcopy(config(name))
+    right = cfg.model[part]
+    other = {"type": "BFP", "in_channels": 64, "num_levels": 4} if part == "neck" else right
+    wrong = {**right, "in_channels": [96, 128, 64] if part == "neck" else 64}
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        check_channels(MODELS.build({**cfg.model, part: [right, other]}))
+        model = MODELS.build({**cfg.model, part: [wrong, other] if part == "neck" else [right, wrong]})
     with pytest.raises(UserError, match=message):
         check_channels(model)

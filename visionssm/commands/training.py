@@ -35,7 +35,7 @@ def compile_mode(args: Namespace) -> str | None:
 def add_test_arguments(parser: ArgumentParser) -> None:
     """What a test takes."""
     _add_common_arguments(parser)
-    parser.add_argument("checkpoint", help="a .pth file that training wrote")
+    parser.add_argument("checkpoint", help="a .pth file that training wrote, or a .safetensors file of `visionssm convert`")
     parser.add_argument("--tta", action="store_true", help="average the scores of every image and its mirror image")
 
 

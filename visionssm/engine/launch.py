@@ -18,7 +18,7 @@ from visionssm.errors import UserError, first_line
 
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
-from .dense import check_channels, check_files
+from .dense import check_channels, check_files, check_precision
 from .distributed import process_group
 from .hooks import ExportHook, UnreadableImagesHook, unwrapped
 from .learning_curve import LearningCurveHook
@@ -63,6 +63,8 @@ def train(args: Namespace) -> dict[str, float]:
             cfg.load_from = newest_checkpoint(cfg.work_dir)
             cfg.resume = cfg.load_from is not None
             _say(f"resuming from {cfg.load_from}" if cfg.resume else f"no checkpoint in {cfg.work_dir} yet: starting anew")
+            if cfg.resume:
+                _without_initial_weights(cfg)
         with _runner(cfg) as runner:
             check_kept(runner)
             check_space(runner)
@@ -86,6 +88,7 @@ def test(args: Namespace) -> dict[str, float]:
         cfg = _prepare(args, distributed)
         check_files(cfg, ["test_dataloader"])
         cfg.load_from = args.checkpoint
+        _without_initial_weights(cfg)
         # the averaged weights are a checkpoint's weights, so nothing is left to average or to swap
         cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks", []) if hook["type"] not in ("EMAHook", "visionssm.EMAHook")]
         if args.tta:
@@ -137,13 +140,16 @@ def _explained() -> Iterator[None]:
     """What the user can correct, as a UserError of one line.
 
     Raises:
-        UserError: one from a loader's worker without its traceback; too little memory, with what to lower.
+        UserError: one from a loader's worker without its traceback; a missing file; too little memory, with what to lower.
     """
     try:
         yield
     except UserError as error:
         message = str(error).rpartition(f"{UserError.__name__}: ")[2]
         raise UserError(" ".join(message.split())) from error
+    except FileNotFoundError as error:
+        reason = str(error).rpartition(f"{FileNotFoundError.__name__}: ")[2]
+        raise UserError(" ".join(reason.split())) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of memory on the device: lower train_dataloader.batch_size and raise optim_wrapper.accumulative_counts by "
@@ -189,6 +195,12 @@ def _use_amp(cfg: Config) -> None:
         wrapper.dtype = wrapper.get("dtype") or "bfloat16"
 
 
+def _without_initial_weights(cfg: Config) -> None:
+    """The checkpoint has all weights: those that training began with are not looked for, nor fetched."""
+    if "pretrained" in cfg.model.get("backbone", {}):
+        cfg.model.backbone.pretrained = False
+
+
 def _runner_class(cfg: Config) -> type[Runner] | type[FlexibleRunner]:
     classes = {"Runner": Runner, "FlexibleRunner": FlexibleRunner}
     name = cfg.get("runner_type", "Runner")
@@ -203,6 +215,7 @@ def _runner(cfg: Config) -> Iterator[Runner]:
     runner = _runner_class(cfg).from_cfg(cfg)
     try:
         check_channels(unwrapped(runner.model))
+        check_precision(unwrapped(runner.model), cfg.get("optim_wrapper") or {})
         yield runner
     finally:
         for hook in runner.hooks:

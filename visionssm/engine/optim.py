@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from visionssm.errors import UserError, did_you_mean
 from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
+from .dense import backbone_autocast, is_detector
+
 DTYPES = ("float16", "bfloat16")
 
 
@@ -28,6 +30,7 @@ class OptimWrapper(MMEngineOptimWrapper):
     Args:
         optimizer: the optimizer.
         dtype: "bfloat16" or "float16" for autocast; float16 scales the loss dynamically and needs a GPU. None for full precision.
+            In mmdet's detectors bfloat16 is for the backbone, and neck and heads stay in float32: mmcv's operators know none.
         accumulative_counts: batches between two updates; their gradients are averaged. An epoch's last update may have fewer.
         clip_grad: arguments of `torch.nn.utils.clip_grad_norm_`, such as `max_norm`; None for no clipping.
 
@@ -63,7 +66,11 @@ class OptimWrapper(MMEngineOptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Autocast around the forward pass; no exchange of gradients between processes while they accumulate."""
-        with super().optim_context(model), torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+        if self.dtype is torch.bfloat16 and is_detector(getattr(model, "module", model)):
+            precision = backbone_autocast(model, self.dtype)
+        else:
+            precision = torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
+        with super().optim_context(model), precision:
             yield
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:

@@ -16,11 +16,26 @@ from mmengine.dist import master_only
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
+from mmengine.runner import CheckpointLoader
 from mmengine.runner import Runner as MMEngineRunner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from visionssm.errors import UserError, shortened
+from visionssm.errors import UserError, first_line, shortened
+from visionssm.weights import read_checkpoint
+
+from .dense import annotation_files
+
+_NO_IMAGE = (
+    "a detector's filter_cfg drops images without boxes of metainfo.classes and images smaller than min_size; "
+    "a segmentor's data set takes the files in data_prefix.img_path that end in img_suffix"
+)
+
+
+@CheckpointLoader.register_scheme(prefixes=r".*\.safetensors$")
+def load_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """What `visionssm convert` writes, for mmengine; on the CPU, wherever it goes from there."""
+    return {"state_dict": read_checkpoint(filename), "meta": {}}
 
 
 class Runner(MMEngineRunner):
@@ -45,16 +60,25 @@ class Runner(MMEngineRunner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
-        """Also of an iterable data set, which shards itself by what it learns of the loader here; pins memory for a GPU alone."""
+        """Also of an iterable data set, which shards itself by what it learns of the loader here; pins memory for a GPU alone.
+
+        Raises:
+            UserError: no image, or an annotation file that is none.
+        """
         if isinstance(dataloader, dict) and dataloader.get("pin_memory") and not torch.cuda.is_available():
             dataloader = {**dataloader, "pin_memory": False}
         try:
             loader = MMEngineRunner.build_dataloader(dataloader, *args, **kwargs)
-        except ValueError as error:  # how mmengine's data sets fail when nothing is left to store
-            if "need at least one array to concatenate" not in str(error):
+        except (ValueError, KeyError, AssertionError) as error:
+            # how mmengine's data sets fail when nothing is left to store
+            if "need at least one array to concatenate" in str(error):
+                raise UserError(f"dataset: no image is left; {_NO_IMAGE}") from error
+            files = annotation_files(dataloader) if isinstance(dataloader, dict) else []
+            if not files or isinstance(error, UserError):
                 raise
-            reason = "a detector's filter_cfg drops images without boxes and images smaller than min_size"
-            raise UserError(f"dataset: no image is left; {reason}") from error
+            raise UserError(
+                f"dataset.ann_file: {shortened(files)} cannot be read as COCO's format: {type(error).__name__}: {first_line(error)}"
+            ) from error
         if hasattr(loader.dataset, "set_loader"):
             loader.dataset.set_loader(loader.batch_size, loader.num_workers)
         elif loader.drop_last and not isinstance(loader.sampler, InfiniteSampler) and len(loader) == 0:
@@ -84,7 +108,7 @@ class Runner(MMEngineRunner):
             super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
 
     def load_checkpoint(self, filename: str, map_location: str | Callable = "cpu", strict: bool = True, **kwargs: Any) -> dict:
-        """Load a checkpoint that fits the model key by key; code in a pickle is never run.
+        """Load a checkpoint, `.pth` or `.safetensors`, that fits the model key by key; code in a pickle is never run.
 
         Raises:
             UserError: no such file, a file that is no checkpoint, or a checkpoint of another model.

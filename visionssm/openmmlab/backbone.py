@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.model import BaseModule
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Backbone(BaseModule):
     Attributes:
         out_channels: channels of every level.
         strides: stride of every level, pixels.
+        autocast_dtype: compute in it, and return float32, whatever precision surrounds the backbone; None for the latter's.
 
     Raises:
         UserError: an unknown model, argument, level or tap; weights that are not the model's.
@@ -62,6 +64,10 @@ class Backbone(BaseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if not isinstance(model_name, str):
+            raise UserError(f"model.backbone.model_name: got {model_name!r}, expected a name as in `visionssm list`")
+        if "num_classes" in kwargs:
+            raise UserError("model.backbone.num_classes: a backbone has no classifier; the heads have a num_classes of their own")
         model = create_backbone(model_name, pretrained=pretrained is True, num_classes=0, **kwargs)
         self.out_indices = _checked_levels(out_indices, model, model_name)
         self.tap = _checked_tap(tap, model, model_name)
@@ -78,6 +84,7 @@ class Backbone(BaseModule):
             for i, channels in zip(self.out_indices, self.out_channels, strict=True):
                 self.add_module(f"{_OUT_NORM}{i}", nn.LayerNorm(channels))
         self.norm_eval = norm_eval
+        self.autocast_dtype: torch.dtype | None = None
         self._freeze(frozen_stages, model_name)
         self.register_state_dict_post_hook(_without_model)
         self.register_load_state_dict_pre_hook(_with_model)
@@ -98,6 +105,14 @@ class Backbone(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image batch `(batch, in_chans, H, W)` -> one map `(batch, C_i, H_i, W_i)` per level, contiguous."""
+        if self.autocast_dtype is None:
+            return self._maps(x)
+        with torch.autocast(x.device.type, self.autocast_dtype):
+            maps = self._maps(x)
+        return tuple(level.float() for level in maps)
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` returns, in the surrounding precision."""
         if self.tap == "mixer":
             maps = self._mixer_maps(x)
         else:
@@ -141,8 +156,8 @@ class Backbone(BaseModule):
     def _freeze(self, stages: int, model_name: str) -> None:
         groups = group_parameters(self.model, self.model.group_matcher(coarse=True), reverse=True)
         last = max(groups.values())
-        if not -1 <= stages <= last:
-            raise UserError(f"model.backbone.frozen_stages: {model_name} has {last} stages, got {stages}, expected -1 to {last}")
+        if type(stages) is not int or not -1 <= stages <= last:
+            raise UserError(f"model.backbone.frozen_stages: {model_name} has {last} stages, got {stages!r}, expected -1 to {last}")
         for name, parameter in self.model.named_parameters():
             if groups[name] <= stages:
                 parameter.requires_grad_(False)
@@ -157,7 +172,7 @@ def _checked_levels(out_indices: Sequence[int], model: nn.Module, name: str) -> 
         raise UserError(f"model.backbone.model_name: {name} gives no intermediate features")
     count = len(model.feature_info)
     expected = f"model.backbone.out_indices: {name} has {count} levels, expected ascending numbers of 0 to {count - 1}"
-    if isinstance(out_indices, int) or not all(isinstance(i, int) and -count <= i < count for i in out_indices):
+    if not isinstance(out_indices, Sequence) or not all(type(i) is int and -count <= i < count for i in out_indices):
         raise UserError(f"{expected}, got {out_indices}")
     levels = tuple(i % count for i in out_indices)
     if not levels or list(levels) != sorted(set(levels)):

@@ -29,13 +29,14 @@ class SimpleFeaturePyramid(BaseModule):
         num_outs: number of levels; those beyond `scales` halve the last one.
 
     Raises:
-        UserError: another scale; in `forward` a map of other channels.
+        UserError: another scale; several widths; in `forward` a map of other channels.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int = 256, scales: Sequence[float] = SCALES, num_outs: int = 5, init_cfg: Any = None
     ) -> None:
         super().__init__(init_cfg)
+        _check_width(in_channels)
         if num_outs < len(scales):
             raise UserError(f"model.neck.num_outs: got {num_outs}, expected at least {len(scales)}, the number of scales")
         self.in_channels, self.num_outs = in_channels, num_outs
@@ -71,11 +72,12 @@ class ResamplingNeck(BaseModule):
         norm_cfg: `type` of the norm between the two transposed convolutions of the finest level, "BN" or "SyncBN".
 
     Raises:
-        UserError: another norm; in `forward` maps of another number or other channels.
+        UserError: another norm; several widths; in `forward` maps of another number or other channels.
     """
 
     def __init__(self, in_channels: int, norm_cfg: Mapping[str, Any] | None = None, init_cfg: Any = None) -> None:
         super().__init__(init_cfg)
+        _check_width(in_channels)
         norms = {"BN": nn.BatchNorm2d, "SyncBN": nn.SyncBatchNorm}
         norm = (norm_cfg or {"type": "SyncBN"})["type"]
         if norm not in norms:
@@ -104,6 +106,11 @@ def _resample(scale: float, dim: int) -> tuple[list[nn.Module], int]:
     if scale == 0.5:
         return [nn.MaxPool2d(2)], dim
     raise UserError(f"model.neck.scales: got {scale}, expected some of {', '.join(map(str, SCALES))}")
+
+
+def _check_width(in_channels: int) -> None:
+    if type(in_channels) is not int or in_channels < 4:  # a quarter of them is left at the finest level
+        raise UserError(f"model.neck.in_channels: got {in_channels}, expected one number, the width of a plain backbone")
 
 
 def _check_channels(maps: Sequence[Tensor], expected: Sequence[int]) -> None:
