@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from parity import load_golden
 from visionssm.engine.config import load_config
-from visionssm.engine.dense import check_channels, check_precision
+from visionssm.engine.dense import check_channels, check_classes, check_precision
 from visionssm.engine.optim import OptimWrapper, OptimWrapperConstructor
 from visionssm.errors import UserError
 from visionssm.recipes import recipes
@@ -363,3 +363,28 @@ def test_wrong_channels_in_a_list(name, part, message):
         model = MODELS.build({**cfg.model, part: [wrong, other] if part == "neck" else [right, wrong]})
     with pytest.raises(UserError, match=message):
         check_channels(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            NANO,
+            {"roi_head": {"bbox_head": {"num_classes": 7}}},
+            "model.roi_head.bbox_head.num_classes: got 7, the data has 10",
+        ),
+        (NANO, {"roi_head": {"mask_head": {"num_classes": 7}}}, "model.roi_head.mask_head.num_classes: got 7"),
+        (NANO_SEGMENTOR, {"auxiliary_head": {"num_classes": 7}}, "model.auxiliary_head.num_classes: got 7"),
+    ],
+)
+def test_wrong_number_of_classes(name, change, message):
+    cfg = copy.deepcopy(config(name))
+    assert any(hook["type"] == "visionssm.ClassCheckHook" for hook in cfg.default_hooks.values())
+    classes = {"classes": tuple(map(str, range(10 if name == NANO else cfg.model.decode_head.num_classes)))}
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        check_classes(MODELS.build(cfg.model), classes)
+        cfg.merge_from_dict({"model": change})
+        model = MODELS.build(cfg.model)
+    check_classes(model, {})
+    with pytest.raises(UserError, match=message):
+        check_classes(model, classes)

@@ -4,6 +4,7 @@ from .augment import BatchAugmentation
 from .classifier import ImageClassifier, ImagePreprocessor
 from .contact_sheet import ContactSheetHook
 from .data import CachedImages, Digits, HubImages, ImageFolder
+from .dense import ClassCheckHook
 from .hooks import DataCheckHook, EMAHook, ExportHook, RandomnessHook, RuntimeInfoHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import TopK
@@ -18,6 +19,7 @@ from .stream import ImageStream
 __all__ = [
     "BatchAugmentation",
     "CachedImages",
+    "ClassCheckHook",
     "ContactSheetHook",
     "DataCheckHook",
     "Digits",

@@ -5,5 +5,6 @@ default_hooks = dict(
     runtime_info=dict(type="visionssm.RuntimeInfoHook"),
     randomness=dict(type="visionssm.RandomnessHook"),
     progress=dict(type="visionssm.ProgressHook"),
+    classes=dict(type="visionssm.ClassCheckHook"),
 )
 randomness = dict(seed=0)

@@ -5,6 +5,7 @@ default_hooks = dict(
     runtime_info=dict(type="visionssm.RuntimeInfoHook"),
     randomness=dict(type="visionssm.RandomnessHook"),
     progress=dict(type="visionssm.ProgressHook"),
+    classes=dict(type="visionssm.ClassCheckHook"),
 )
 optim_wrapper = dict(
     type="visionssm.OptimWrapper",
