@@ -32,7 +32,7 @@ def process_group() -> Iterator[bool]:
         dist.init_process_group("gloo")
     try:
         yield True
-        # Who leaves right after its last exchange ends while gloo's thread still lets go of the tensors in it, at which torch aborts.
+        # Who leaves right after the last exchange ends while gloo's thread still lets go of its tensors, at which torch aborts.
         dist.barrier()
     finally:
         dist.destroy_process_group()
