@@ -36,8 +36,7 @@ from visionssm.commands.training import add_compile_arguments, compile_mode
 from visionssm.engine import OptimWrapperConstructor, Runner
 from visionssm.engine.config import load_config
 from visionssm.engine.device_decode import decode_batch
-from visionssm.engine.distributed import process_group
-from visionssm.engine.hooks import unwrapped
+from visionssm.engine.distributed import process_group, unwrapped
 from visionssm.engine.launch import parsed_options
 from visionssm.errors import UserError
 from visionssm.registry import DATASETS, HOOKS

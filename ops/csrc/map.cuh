@@ -192,7 +192,6 @@ struct Shared {
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/cuda.py asks for too little shared memory");
 
 // What a thread reads and writes of its channels; `at` belongs to its first.
-
 DEVICE void load_each(float (&v)[EACH], const float *at) {
 #if EACH == 2
     const float2 pair = *(const float2 *)at;

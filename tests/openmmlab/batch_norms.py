@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from mmengine.hooks import Hook
 
-from visionssm.engine.hooks import unwrapped
+from visionssm.engine.distributed import unwrapped
 from visionssm.engine.launch import main_train
 from visionssm.registry import HOOKS
 

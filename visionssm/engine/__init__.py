@@ -4,8 +4,7 @@ from .augment import BatchAugmentation
 from .classifier import ImageClassifier, ImagePreprocessor
 from .contact_sheet import ContactSheetHook
 from .data import CachedImages, Digits, HubImages, ImageFolder
-from .dense import ClassCheckHook
-from .hooks import DataCheckHook, EMAHook, ExportHook, RandomnessHook, RuntimeInfoHook, UnreadableImagesHook
+from .hooks import ClassCheckHook, DataCheckHook, EMAHook, ExportHook, RandomnessHook, RuntimeInfoHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import TopK
 from .optim import OptimWrapper, OptimWrapperConstructor

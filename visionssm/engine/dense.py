@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
-from mmengine.runner import Runner
 from torch import nn
 
 from visionssm.errors import UserError
-from visionssm.registry import HOOKS
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 HEADS = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")  # those of the data's classes; mmdet's RPN has one of its own
@@ -99,19 +96,6 @@ def _readers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
                 yield name, head
 
 
-@HOOKS.register_module()
-class ClassCheckHook(Hook):
-    """Compares the number of the data's classes with that of a detector's or a segmentor's heads, before the first batch."""
-
-    def before_train(self, runner: Runner) -> None:
-        """Check the training data."""
-        check_classes(runner.model, runner.train_dataloader.dataset.metainfo)
-
-    def before_test(self, runner: Runner) -> None:
-        """Check the test data."""
-        check_classes(runner.model, runner.test_dataloader.dataset.metainfo)
-
-
 def check_classes(model: nn.Module, metainfo: Mapping[str, Any]) -> None:
     """Compare the classes in a data set's `metainfo`, if it has any, with those of the heads.
 
@@ -122,7 +106,7 @@ def check_classes(model: nn.Module, metainfo: Mapping[str, Any]) -> None:
     for name, module in model.named_modules():
         count = getattr(module, "num_classes", None)
         if classes and isinstance(count, int) and count != len(classes) and name.rstrip(".0123456789").endswith(HEADS):
-            raise UserError(f"model.{name.removeprefix('module.')}.num_classes: got {count}, the data has {len(classes)} classes")
+            raise UserError(f"model.{name}.num_classes: got {count}, the data has {len(classes)} classes")
 
 
 def is_detector(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from mmengine.model import is_model_wrapper
 
 from visionssm.errors import UserError
 
@@ -36,3 +37,8 @@ def process_group() -> Iterator[bool]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside a distributed wrapper, or itself."""
+    return model.module if is_model_wrapper(model) else model

@@ -12,7 +12,7 @@ from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
-from mmengine.model import ExponentialMovingAverage, is_model_wrapper
+from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.amp import autocast
 from timm.models import save_for_hf
@@ -20,6 +20,8 @@ from timm.models import save_for_hf
 from visionssm.errors import UserError
 from visionssm.registry import HOOKS, MODELS
 
+from .dense import check_classes
+from .distributed import unwrapped
 from .optim import OptimWrapper
 
 
@@ -250,6 +252,19 @@ class DataCheckHook(Hook):
 
 
 @HOOKS.register_module()
+class ClassCheckHook(Hook):
+    """Compares the number of the data's classes with that of a detector's or a segmentor's heads, before the first batch."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Check the training data."""
+        check_classes(unwrapped(runner.model), runner.train_dataloader.dataset.metainfo)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check the test data."""
+        check_classes(unwrapped(runner.model), runner.test_dataloader.dataset.metainfo)
+
+
+@HOOKS.register_module()
 class ExportHook(Hook):
     """Writes the trained backbone to `timm/` in the work directory, for `timm.create_model("local-dir:...", pretrained=True)`.
 
@@ -285,8 +300,3 @@ class ExportHook(Hook):
         """The averaged model, where there is one."""
         averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, MMEngineEMAHook)]
         return averages[0] if averages else unwrapped(runner.model)
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside a distributed wrapper, or itself."""
-    return model.module if is_model_wrapper(model) else model

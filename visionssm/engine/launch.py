@@ -19,8 +19,8 @@ from visionssm.errors import UserError, first_line
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
 from .dense import check_channels, check_files, check_precision
-from .distributed import process_group
-from .hooks import ExportHook, UnreadableImagesHook, unwrapped
+from .distributed import process_group, unwrapped
+from .hooks import ExportHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import in_percent
 from .progress import ProgressHook, position

@@ -19,6 +19,7 @@ from visionssm.errors import UserError, did_you_mean
 from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 from .dense import backbone_autocast, is_detector
+from .distributed import unwrapped
 
 DTYPES = ("float16", "bfloat16")
 
@@ -66,7 +67,7 @@ class OptimWrapper(MMEngineOptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Autocast around the forward pass; no exchange of gradients between processes while they accumulate."""
-        if self.dtype is torch.bfloat16 and is_detector(getattr(model, "module", model)):
+        if self.dtype is torch.bfloat16 and is_detector(unwrapped(model)):
             precision = backbone_autocast(model, self.dtype)
         else:
             precision = torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
@@ -138,7 +139,7 @@ class OptimWrapperConstructor:
 
     def __call__(self, model: nn.Module) -> MMEngineOptimWrapper:
         """Build the optimizer and its wrapper for a model, or for one inside a distributed wrapper."""
-        model = getattr(model, "module", model)
+        model = unwrapped(model)
         cfg = dict(self.optim_wrapper_cfg)
         optimizer = dict(cfg.pop("optimizer"))
         optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0))

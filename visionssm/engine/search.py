@@ -18,7 +18,7 @@ from visionssm.layers.local_mixer import BiAttn
 from visionssm.registry import HOOKS, MODELS
 
 from .classifier import ImageClassifier, create_backbone
-from .hooks import unwrapped
+from .distributed import unwrapped
 
 DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip")
 _KEY = "direction_weights"

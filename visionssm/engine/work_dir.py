@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 
 from visionssm.errors import UserError
 
-from .hooks import unwrapped
+from .distributed import unwrapped
 
 
 def check_writable(folder: Path) -> None:
