@@ -37,7 +37,7 @@ from visionssm.engine.launch import newest_checkpoint, parsed_options
 
 # in this order over the GPUs: two of them get about the same to do
 CONFIGS = ("vmamba-nano", "local-vmamba-nano", "local-vim-nano", "vim-nano", "deit-nano", "convnext-nano")
-LONGER = "vmamba-nano-250e"
+LONGER = ("vmamba-nano-250e", "vmamba-nano-64px-150e")
 UNCHANGED = 0.02  # percentage points, two of 10,000 test images
 TIMED_EPOCHS = 6  # one more than the warm-up
 TIMING = 200  # seconds in which a model has to be compiled and timed
@@ -163,7 +163,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_root", type=Path, help="folder with {train,test}/<class>/<image>")
-    parser.add_argument("--configs", nargs="+", default=CONFIGS, choices=(*CONFIGS, LONGER), metavar="NAME")
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, choices=(*CONFIGS, *LONGER), metavar="NAME")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="one run of each model for each; the first one's weights are kept"
     )
