@@ -87,12 +87,11 @@ def start(names: list[str], scratch: Path, args: argparse.Namespace) -> None:
         processes[name] = (subprocess.Popen(command, env=environment), out)
     for process, _ in processes.values():
         process.wait()
-    results = {
-        "machine": machine(),
-        "runs": {name: json.loads(out.read_text()) for name, (_, out) in processes.items() if out.exists()},
-    }
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(args.output.read_text())
+    shared = {"started together": names, "machine": machine()}
+    runs = {name: {**json.loads(out.read_text()), **shared} for name, (_, out) in processes.items() if out.exists()}
+    earlier = json.loads(args.output.read_text()) if args.output.exists() else {}
+    args.output.write_text(json.dumps({**earlier, **runs}, indent=2) + "\n")
+    print(json.dumps(runs, indent=2))
     failed = [name for name, (process, _) in processes.items() if process.returncode]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
@@ -144,15 +143,21 @@ def table(results: dict) -> list[str]:
         "| box AP | mask AP | mIoU |",
         "|---|" + "---:|" * 8,
     ]
-    for name, run in results["runs"].items():
+    for name, run in results.items():
         learned, test = run.get("test on the training images", {}), run["test"]
         scores = [learned.get(BOX), learned.get(MASK), test.get(BOX), test.get(MASK), test.get(IOU)]
         cells = [f"{run['parameters'] / 1e6:.2f}", str(run["updates"]), f"{run['seconds of training and test'] / 60:.1f}"]
         cells += ["" if score is None else f"{score:.1f}" for score in scores]
         lines.append(f"| {name}{', from CIFAR-10' if run['pretrained'] else ''} | {' | '.join(cells)} |")
-    used = results["machine"]
+    return [*lines, "", *dict.fromkeys(measured_on(run) for run in results.values())]
+
+
+def measured_on(run: dict) -> str:
+    """Where a run was measured, and beside which."""
+    used, together = run["machine"], run["started together"]
     device = f"{len(used['gpus'])} x {used['gpus'][0]}" if used["gpus"] else "no GPU"
-    return [*lines, "", f"Measured on {device}, {used['cores']} cores, torch {used['torch']}, all runs at the same time."]
+    runs = f"Runs at the same time: {', '.join(together)}" if len(together) > 1 else f"Alone: {together[0]}"
+    return f"{runs}; {device}, {used['cores']} cores, torch {used['torch']}."
 
 
 def machine() -> dict[str, object]:

@@ -42,21 +42,28 @@ def test_training_ends_on_time_at_a_rate_of_zero(tools, digit_scenes, tmp_path, 
 def test_table(tools):
     from benchmark_dense import table
 
+    both = {
+        "machine": {"gpus": ["GPU"] * 2, "cores": 4, "torch": "2.11"},
+        "started together": ["segmentor", "segmentor from scratch"],
+    }
+    alone = {"machine": {"gpus": [], "cores": 2, "torch": "2.12"}, "started together": ["detector"]}
     common = {"parameters": 2_500_000, "updates": 100, "seconds of training and test": 90.0, "pretrained": False}
     results = {
-        "machine": {"gpus": ["GPU"] * 2, "cores": 4, "torch": "2.11"},
-        "runs": {
-            "detector": {
-                **common,
-                "test": {"bbox_mAP": 1.0, "segm_mAP": 2.0},
-                "test on the training images": {"bbox_mAP": 45.04, "segm_mAP": 40.0},
-            },
-            "segmentor": {**common, "pretrained": True, "test": {"mIoU": 55.54}},
+        "detector": {
+            **common,
+            **alone,
+            "test": {"bbox_mAP": 1.0, "segm_mAP": 2.0},
+            "test on the training images": {"bbox_mAP": 45.04, "segm_mAP": 40.0},
         },
+        "segmentor": {**common, **both, "pretrained": True, "test": {"mIoU": 55.54}},
+        "segmentor from scratch": {**common, **both, "test": {"mIoU": 50.0}},
     }
     lines = table(results)
     assert lines[2] == "| detector | 2.50 | 100 | 1.5 | 45.0 | 40.0 | 1.0 | 2.0 |  |"
     assert lines[3].startswith("| segmentor, from CIFAR-10 | 2.50 |")
     assert lines[3].endswith("|  |  |  |  | 55.5 |")
-    assert {line.count("|") for line in lines[:4]} == {10}
-    assert "2 x GPU, 4 cores, torch 2.11" in lines[-1]
+    assert {line.count("|") for line in lines[:5]} == {10}
+    assert lines[-2:] == [
+        "Alone: detector; no GPU, 2 cores, torch 2.12.",
+        "Runs at the same time: segmentor, segmentor from scratch; 2 x GPU, 4 cores, torch 2.11.",
+    ]
