@@ -21,11 +21,16 @@ class TopK(BaseMetric):
     Images with the label `IGNORED` are left out. With fewer than k classes every image counts as right.
 
     Args:
-        topk: the values of k.
+        topk: the values of k, whole numbers from 1.
+
+    Raises:
+        UserError: anything else.
     """
 
     def __init__(self, topk: Sequence[int] = (1, 5)) -> None:
         super().__init__(prefix="accuracy")
+        if not isinstance(topk, Sequence) or not topk or not all(type(k) is int and k > 0 for k in topk):
+            raise UserError(f"topk: got {topk!r}, expected a list of whole numbers, at least 1, such as (1, 5)")
         self.topk = tuple(topk)
 
     def process(self, data_batch: Mapping[str, Any], data_samples: Sequence[Mapping[str, Any]]) -> None:

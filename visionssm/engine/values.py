@@ -41,6 +41,12 @@ def check_values(cfg: Config) -> None:
         if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or value < least):
             raise UserError(f"{path}: got {value!r}, expected {what}, at least {least}")
     _check_size(cfg.get("input_size"))
+    for path in (f"{name}_dataloader.sampler.shuffle" for name in _LOADERS):
+        if (value := _found(cfg, path)) is not None and not isinstance(value, bool):
+            raise UserError(f"{path}: got {value!r}, expected True or False")
+    smoothing = _found(cfg, "model.label_smoothing")
+    if smoothing is not None and not (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
+        raise UserError(f"model.label_smoothing: got {smoothing!r}, expected a number from 0 to below 1")
     for name, third in zip(_LOADERS, ("optim_wrapper", "val_evaluator", "test_evaluator"), strict=True):
         parts = {key: cfg.get(key) is not None for key in (f"{name}_dataloader", f"{name}_cfg", third)}
         if any(parts.values()) and not all(parts.values()):
