@@ -1,5 +1,5 @@
-# Images enlarged twofold: stage 1 then has a position for every pixel, for the same parameters and four times the work. More epochs,
-# milder augmentation.
+# Images enlarged twofold: stage 1 then has a position for every pixel, for the same parameters and four times the work. Milder
+# augmentation, more epochs.
 _base_ = "vmamba-nano_cifar10.py"
 
 input_size = 64

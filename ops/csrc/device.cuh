@@ -8,6 +8,7 @@
 typedef unsigned int uint32;
 typedef unsigned short uint16;
 
+#define INLINE __attribute__((always_inline))  // of a lambda
 #ifndef EMULATED
 #define DEVICE __device__ __forceinline__
 #define SHARED(name)                          \
@@ -104,6 +105,11 @@ template <class V>
 DEVICE V *afresh(V *p) {
     asm volatile("" : "+l"(p));
     return p;
+}
+// The same number, which the compiler then keeps rather than work it out again.
+DEVICE float opaque(float v) {
+    asm volatile("" : "+f"(v));
+    return v;
 }
 DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE float exchange(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }

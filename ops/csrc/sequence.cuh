@@ -2,13 +2,14 @@
 // macros
 //   N   states of a channel;  HAS_Z  0 or 1
 //   FULL     1 where the channels of a group are a multiple of those of a block
+//   LANES    threads that share a channel: 1, or N in sequence_spread.cu
 //   SUMMARY  1 for a pass that finds out only what a split of the sequence hands on: its end from zero, and its sum of delta
 //
 // Rows of a map start anywhere (their length may be odd), so a map is read two bytes a lane, lanes along the steps. What is written,
-// channels-last, is stored two bytes a lane as well, lanes along the channels. The scan runs in tiles of T steps, a channel a thread,
-// the loop over states outside, that over the steps inside: the steps are registers. delta comes times log2(e), and so B times ln(2).
+// channels-last, is stored two bytes a lane as well, lanes along the channels. The scan runs in tiles of T steps. With a channel a thread,
+// the loop over states is outside, that over the steps inside: the steps are registers. delta comes times log2(e), and so B times ln(2).
 
-constexpr int CHANNELS = THREADS;                             // of a block
+constexpr int CHANNELS = THREADS / LANES;                      // of a block
 constexpr int MATRIX_READS = (N * T + THREADS - 1) / THREADS;  // a thread's share of a tile of B or C; of a map it is T
 constexpr int ROWS = THREADS / T;                              // rows that are read at once
 constexpr int MATRIX_ROW = T + 4;  // of B and C in shared memory: the rows that a warp reads at once do not share a bank
@@ -52,7 +53,7 @@ DEVICE void write_matrix(float (&to)[N][MATRIX_ROW], const uint32 (&raw)[MATRIX_
 #pragma unroll
     for (int i = 0; i < MATRIX_READS; i++) {
         const int e = thread + i * THREADS;
-        if (e < N * T) to[e / T][e % T] = to_float((uint16)raw[i]) * times;
+        if (N * T % THREADS == 0 || e < N * T) to[e / T][e % T] = to_float((uint16)raw[i]) * times;
     }
 }
 

@@ -18,8 +18,11 @@ from .reduce import carry_splits
 STATES = range(4, 33)
 """Numbers of state variables that are served."""
 
-_RESIDENT = 12
-"""Warps on a multiprocessor: what registers have room for."""
+_RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread": 16}
+"""Warps of a kernel on a multiprocessor: what registers have room for."""
+
+_LANES = 16
+"""Lanes that sequence_spread gives a channel, one for each state."""
 
 _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit integers
 
@@ -28,22 +31,39 @@ _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit intege
 class Plan:
     """How the work of a kernel is cut up."""
 
+    kernel: str
     channels: int
-    """Of a block, a thread each."""
+    """Of a block."""
     tiles_per_split: int
     """A sequence is split only where it must be to fill the device: it is then scanned twice."""
+    lanes: int = 1
+    """Threads of a channel."""
 
     @property
     def warps(self) -> int:
-        return self.channels // 32
+        return self.channels * self.lanes // 32
 
 
-def plan(batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
+def backward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
+    """A thread a channel."""
+    return _thread_plan("sequence_backward", batch, groups, channels, length, processors)
+
+
+def forward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
+    """A thread a channel; where that needs splits, lanes that share a channel, if they fill half the device or more."""
+    threads = _thread_plan("sequence_forward", batch, groups, channels, length, processors)
+    spread = Plan("sequence_spread", 8, -(-length // STEPS), _LANES)
+    fills = 2 * batch * groups * channels * _LANES >= 32 * _RESIDENT[spread.kernel] * processors
+    split = threads.tiles_per_split < spread.tiles_per_split
+    return spread if n == _LANES and channels % spread.channels == 0 and split and fills else threads
+
+
+def _thread_plan(kernel: str, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
     """Blocks as large as can be, for they share B and C, with as few idle lanes as can be; as many splits as run at once."""
     block = min((128, 64, 32), key=lambda block: -channels % block)
     warps, tiles = -(-channels // 32) * groups * batch, -(-length // STEPS)
-    splits = max(_RESIDENT * processors // warps, 1)
-    return Plan(block, max(-(-tiles // splits), 2))
+    splits = max(_RESIDENT[kernel] * processors // warps, 1)
+    return Plan(kernel, block, max(-(-tiles // splits), 2))
 
 
 def suits(tensors: tuple[Tensor | None, ...], A: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
@@ -81,18 +101,18 @@ class Sequence:
         self.groups, self.n = self.B.shape[1], self.A.shape[1]
         self.channels = dim // self.groups
         self.tiles = -(-self.length // STEPS)
-        self.plan = plan(self.batch, self.groups, self.channels, self.length, cuda.processors(self.u.device))
-        self.blocks = -(-self.channels // self.plan.channels)
-        self.splits = -(-self.tiles // self.plan.tiles_per_split)
+        sizes = (self.n, self.batch, self.groups, self.channels, self.length, cuda.processors(self.u.device))
+        self.forward_plan, self.backward_plan = forward_plan(*sizes), backward_plan(*sizes)
 
     def forward(self, y: Tensor, states: Tensor, last: Tensor) -> None:
         """Write y (batch, length, dim), the states before every tile (launch.states_shape), and the last state if it has room."""
-        if self.splits > 1:
-            ends, totals = self._ends_and_totals()
-            self._launch("sequence_forward", [y, ends, last, totals], [], SUMMARY=1, LAST=0)
-            stride = self.plan.tiles_per_split * states.stride(2)
+        plan = self.forward_plan
+        if (splits := self._splits(plan)) > 1:
+            ends, totals = self._ends_and_totals(splits)
+            self._launch(plan, [y, ends, last, totals], [], SUMMARY=1, LAST=0)
+            stride = plan.tiles_per_split * states.stride(2)
             carry_splits(ends, totals, self._decays(), states, states.stride(1), stride, reverse=False)
-        self._launch("sequence_forward", [y, states, last, states], [], SUMMARY=0, LAST=int(last.numel() > 0))
+        self._launch(plan, [y, states, last, states], [], SUMMARY=0, LAST=int(last.numel() > 0))
 
     def backward(self, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]:
         """From dy (batch, length, dim), channels adjacent, and the forward's states to every gradient.
@@ -100,50 +120,57 @@ class Sequence:
         Returns:
             du, ddelta, dz (batch, length, dim), dA, dB, dC, dD, dbias; that of an operand that is None is empty.
         """
-        u = self.u
+        u, plan = self.u, self.backward_plan
+        blocks, splits = self._blocks(plan), self._splits(plan)
         dy = dy if 2 * max(dy.stride()) < _LARGEST else dy.contiguous()
         du, ddelta, dz = (u.new_empty((0,) if m is None else dy.shape) for m in (u, self.delta, self.z))
-        parts = u.new_empty((self.blocks, 2, *self.B.shape), dtype=torch.float32)
+        parts = u.new_empty((blocks, 2, *self.B.shape), dtype=torch.float32)
         widths = [0 if p is None else p.numel() for p in (self.A, self.D, self.bias)]
-        sums = u.new_empty((self.batch * self.splits, sum(widths)), dtype=torch.float32)
-        carry, totals = self._ends_and_totals()
+        sums = u.new_empty((self.batch * splits, sum(widths)), dtype=torch.float32)
+        carry, totals = self._ends_and_totals(splits)
         tensors = [dy, states, du, ddelta, dz, parts, *sums.split(widths, dim=1)]
         sizes = [dy.stride(0), dy.stride(1), self.batch, sums.stride(0)]
-        if self.splits > 1:
-            ends, _ = self._ends_and_totals()
-            self._launch("sequence_backward", [*tensors, ends, totals], sizes, SUMMARY=1)
+        if splits > 1:
+            ends, _ = self._ends_and_totals(splits)
+            self._launch(plan, [*tensors, ends, totals], sizes, SUMMARY=1)
             carry_splits(ends, totals, self._decays(), carry, carry.stride(1), carry.stride(2), reverse=True)
-        self._launch("sequence_backward", [*tensors, carry, totals], sizes, SUMMARY=0)
-        dB, dC = (parts[0] if self.blocks == 1 else parts.sum(0)).to(u.dtype)
+        self._launch(plan, [*tensors, carry, totals], sizes, SUMMARY=0)
+        dB, dC = (parts[0] if blocks == 1 else parts.sum(0)).to(u.dtype)
         dA, dD, dbias = (g if g.numel() else u.new_empty(0) for g in sums.sum(0).split(widths))
         return du, ddelta, dz, dA.view(self.A.shape), dB, dC, dD, dbias
 
-    def _ends_and_totals(self) -> tuple[Tensor, Tensor]:
+    def _blocks(self, plan: Plan) -> int:
+        return -(-self.channels // plan.channels)
+
+    def _splits(self, plan: Plan) -> int:
+        return -(-self.tiles // plan.tiles_per_split)
+
+    def _ends_and_totals(self, splits: int) -> tuple[Tensor, Tensor]:
         """Room for the end of every split (batch, groups, splits, N, channels), and for its sum of delta."""
-        shape = (self.batch, self.groups, self.splits)
+        shape = (self.batch, self.groups, splits)
         return tuple(self.u.new_empty((*shape, *rest, self.channels), dtype=torch.float32) for rest in ((self.n,), ()))
 
     def _decays(self) -> Tensor:
         """A as (groups, N, channels)."""
         return self.A.unflatten(0, (self.groups, -1)).mT.contiguous()
 
-    def _launch(self, kernel: str, tensors: list[Tensor], more: list[int], **flags: int) -> None:
+    def _launch(self, plan: Plan, tensors: list[Tensor], more: list[int], **flags: int) -> None:
         """Run a kernel, compiled for this case; an operand that is None is never read."""
-        u, plan = self.u, self.plan
+        u, splits = self.u, self._splits(plan)
         macros = {
             **shape_macros(self.n, plan), "BF16": int(u.dtype == torch.bfloat16),
             "FULL": int(self.channels % plan.channels == 0), "HAS_D": int(self.D is not None),
             "HAS_Z": int(self.z is not None), "HAS_BIAS": int(self.bias is not None), "SOFTPLUS": int(self.softplus),
             **flags,
         }  # fmt: skip
-        shared_bytes = _shared_bytes(kernel, macros)
+        shared_bytes = _shared_bytes(plan.kernel, macros)
         options = tuple(f"-D{name}={value}" for name, value in (macros | {"SHARED_BYTES": shared_bytes}).items())
-        compiled = cuda.compile_kernel(kernel, options, u.device, shared_bytes)
+        compiled = cuda.compile_kernel(plan.kernel, options, u.device, shared_bytes)
         operands = [u, self.delta, self.z, self.B, self.C, self.A, self.D, self.bias]
-        sizes = [self.length, self.channels, self.groups, self.tiles, plan.tiles_per_split, self.splits]
+        sizes = [self.length, self.channels, self.groups, self.tiles, plan.tiles_per_split, splits]
         strides = [s for m in (u, self.delta, self.z) for s in ((0, 0) if m is None else m.stride()[:2])]
         strides += [s for m in (self.B, self.C) for s in m.stride()[:3]]
-        grid = (self.blocks * self.groups * self.splits * self.batch, 1, 1)
+        grid = (self._blocks(plan) * self.groups * splits * self.batch, 1, 1)
         pointers = [self.A if t is None else t for t in (*operands, *tensors)]
         with torch.cuda.device(u.device if u.is_cuda else -1):
             compiled(grid, (32 * plan.warps, 1, 1), [*pointers, *sizes, *strides, *more], shared_bytes)
@@ -151,15 +178,17 @@ class Sequence:
 
 def shape_macros(n: int, plan: Plan) -> dict[str, int]:
     """What a kernel of N states is compiled for by its plan."""
-    return {"N": n, "WARPS": plan.warps, "BLOCKS": _RESIDENT // plan.warps}
+    return {"N": n, "LANES": plan.lanes, "WARPS": plan.warps, "BLOCKS": _RESIDENT[plan.kernel] // plan.warps}
 
 
 def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
     """Size of csrc's `Shared`, which asserts it."""
     n, warps, full = macros["N"], macros["WARPS"], 1 - macros["SUMMARY"]
-    channels = 32 * warps
+    channels = 32 * warps // macros["LANES"]
     matrices, parameters = 4 * n * (STEPS + 4), 4 * n * channels
     if kernel == "sequence_backward":
         rows, sums, grad = 2 * (STEPS + 8) * channels, 8 * STEPS * n * warps, 4 * (STEPS + 4) * channels
         return (2 + full) * (rows + parameters) + (1 + full) * matrices + full * (grad + sums + 384)
+    if kernel == "sequence_spread":
+        return 2 * (2 * matrices + 8 * channels * (STEPS + 2) + 4 * n * (channels + 1) + 2 * STEPS * (channels + 2))
     return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (channels + 1) + 8 * channels + 16

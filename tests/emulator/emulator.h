@@ -120,6 +120,7 @@ static void store_if(uint32_t condition, V *to, V v) {
 }
 template <class V>
 static V *afresh(V *p) { return p; }
+static float opaque(float v) { return v; }
 static float exchange(float v, int mask) {
     emulator::mine()[0] = v;
     __syncwarp();

@@ -10,17 +10,20 @@ from test_csrc_kernels import BF16, DEVICE, F16, broken, kernels, pytestmark  # 
 from visionssm.ops import selective_scan, selective_scan_ref
 from visionssm.ops.testing import assert_within_budget, outputs_and_gradients, selective_scan_inputs, to_float64
 
-FORWARD, BACKWARD = "sequence_forward", "sequence_backward"
+FORWARD, BACKWARD, SPREAD = "sequence_forward", "sequence_backward", "sequence_spread"
 
 
 @pytest.fixture
 def plan(monkeypatch):
     """Cut up the work as a test wants it, whatever the device."""
 
-    def choose(channels=32, tiles_per_split=1000):
+    def choose(channels=32, tiles_per_split=1000, spread=False):
         from visionssm.ops.kernels import sequence
 
-        monkeypatch.setattr(sequence, "plan", lambda *sizes: sequence.Plan(channels, tiles_per_split))
+        backward = sequence.Plan(BACKWARD, channels, tiles_per_split)
+        forward = sequence.Plan(SPREAD, 8, 1000, lanes=16) if spread else sequence.Plan(FORWARD, channels, tiles_per_split)
+        monkeypatch.setattr(sequence, "backward_plan", lambda *sizes: backward)
+        monkeypatch.setattr(sequence, "forward_plan", lambda *sizes: forward)
 
     return choose
 
@@ -59,6 +62,25 @@ def test_sequence(kernels, plan, sizes, options, softplus):  # noqa: F811
     assert kernels == [FORWARD, BACKWARD]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "options", "softplus"),
+    [
+        ((1, 24, 19, 16), {"dtype": BF16}, True),
+        ((2, 8, 1, 16), {"dtype": F16, "groups": 1}, True),
+        ((1, 32, 37, 16), {"dtype": BF16, "groups": 2, "z": False}, True),
+        ((1, 40, 18, 16), {"dtype": F16, "D": False, "delta_bias": False, "step_range": (1e-3, 0.1)}, True),
+        ((2, 32, 64, 16), {"dtype": BF16, "groups": 4, "D": False}, False),
+        ((1, 16, 197, 16), {"dtype": F16}, True),
+    ],
+    ids=str,
+)
+def test_states_spread_over_lanes(kernels, plan, sizes, options, softplus):  # noqa: F811
+    plan(spread=True)
+    batch, dim, length, state = sizes
+    check(selective_scan_inputs(batch, dim, length, state, softplus=softplus, device=DEVICE, **options), softplus)
+    assert kernels == [SPREAD, BACKWARD]
+
+
 @pytest.mark.parametrize("channels", [32, 64, 128])
 def test_blocks(kernels, plan, channels):  # noqa: F811
     plan(channels)
@@ -73,27 +95,38 @@ def test_split_sequence(kernels, plan, tiles_per_split):  # noqa: F811
     assert kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]
 
 
-@pytest.mark.parametrize("tiles_per_split", [1000, 1])
+@pytest.mark.parametrize(
+    ("state", "cut"), [(4, {}), (4, {"tiles_per_split": 1}), (16, {"spread": True})], ids=["one", "split", "spread"]
+)
 @pytest.mark.parametrize("length", [21, 32])
-def test_last_state(kernels, plan, tiles_per_split, length):  # noqa: F811
-    plan(tiles_per_split=tiles_per_split)
-    inputs = selective_scan_inputs(2, 8, length, 4, groups=2, device=DEVICE, dtype=F16)
+def test_last_state(kernels, plan, state, cut, length):  # noqa: F811
+    plan(**cut)
+    inputs = selective_scan_inputs(2, 16, length, state, groups=2, device=DEVICE, dtype=F16)
     _, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend="triton")
     _, expected = selective_scan_ref(**to_float64(inputs), delta_softplus=True, return_last_state=True)
     torch.testing.assert_close(state.double(), expected, rtol=1e-5, atol=1e-6)
-    assert kernels[0] == FORWARD
+    assert kernels[0] == (SPREAD if cut.get("spread") else FORWARD)
 
 
-def test_strided_operands(kernels, plan):  # noqa: F811
+@pytest.mark.parametrize(("state", "spread"), [(4, False), (16, True)])
+def test_strided_operands(kernels, plan, state, spread):  # noqa: F811
     """u and z are halves of one map, B and C slices of one projection: read where they lie."""
-    plan()
-    inputs = selective_scan_inputs(2, 24, 21, 4, groups=1, device=DEVICE, dtype=BF16)
+    plan(spread=spread)
+    inputs = selective_scan_inputs(2, 24, 21, state, groups=1, device=DEVICE, dtype=BF16)
     expected = selective_scan(**inputs, delta_softplus=True, backend="triton")
     inputs["u"], inputs["z"] = torch.cat([inputs["u"], inputs["z"]], dim=1).chunk(2, dim=1)
     inputs["B"], inputs["C"] = torch.cat([inputs["B"], inputs["C"]], dim=2).chunk(2, dim=2)
     assert not any(inputs[name].is_contiguous() for name in ("u", "z", "B", "C"))
     assert torch.equal(selective_scan(**inputs, delta_softplus=True, backend="triton"), expected)
-    assert kernels == [FORWARD, FORWARD]
+    assert kernels == 2 * [SPREAD if spread else FORWARD]
+
+
+def test_the_plan_of_the_forward():
+    """A thread a channel where channels are many, lanes that share one where they fill the device, else splits."""
+    from visionssm.ops.kernels.sequence import forward_plan
+
+    assert [forward_plan(16, batch, 1, 384, 6085, processors=132).kernel for batch in (256, 8, 1)] == [FORWARD, SPREAD, FORWARD]
+    assert {forward_plan(n, 8, 1, channels, 6085, processors=132).kernel for n, channels in ((8, 384), (16, 388))} == {FORWARD}
 
 
 def test_bitwise_repeatable(kernels):  # noqa: F811
@@ -120,10 +153,12 @@ def test_channels_last_maps_are_left_to_triton(kernels):  # noqa: F811
 
 
 @pytest.mark.parametrize("tiles_per_split", [1000, 1])
-@pytest.mark.parametrize(("fails", "serves"), [(FORWARD, BACKWARD), (BACKWARD, FORWARD)])
+@pytest.mark.parametrize(
+    ("fails", "serves"), [(FORWARD, BACKWARD), (BACKWARD, FORWARD), (SPREAD, BACKWARD), (BACKWARD, SPREAD)], ids=str
+)
 def test_triton_serves_in_place_of_a_kernel_that_does_not_compile(kernels, broken, plan, fails, serves, tiles_per_split):  # noqa: F811
     """One direction by Triton, the other from csrc: they keep the same states."""
-    plan(tiles_per_split=tiles_per_split)
+    plan(tiles_per_split=tiles_per_split, spread=SPREAD in (fails, serves))
     broken(fails)
-    check(selective_scan_inputs(2, 24, 37, 4, groups=2, device=DEVICE, dtype=F16))
+    check(selective_scan_inputs(2, 48, 37, 16, groups=2, device=DEVICE, dtype=F16))
     assert set(kernels) == {serves}
