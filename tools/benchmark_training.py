@@ -36,7 +36,7 @@ from visionssm.commands.training import add_compile_arguments, compile_mode
 from visionssm.engine import OptimWrapperConstructor, Runner
 from visionssm.engine.config import load_config
 from visionssm.engine.device_decode import decode_batch
-from visionssm.engine.distributed import process_group, unwrapped
+from visionssm.engine.distributed import compile_backbone, process_group
 from visionssm.engine.launch import parsed_options
 from visionssm.errors import UserError
 from visionssm.registry import DATASETS, HOOKS
@@ -103,7 +103,7 @@ def bare_rate(cfg: Config, steps: int, begin: int, mode: str | None) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MODELS.build(cfg.model).to(device).train()
     if mode:
-        model.backbone.compile(mode=mode)
+        compile_backbone(model, mode)
     wrapper_cfg = cfg.optim_wrapper.copy()
     wrapper_cfg.pop("constructor", None)
     wrapper = OptimWrapperConstructor(wrapper_cfg, wrapper_cfg.pop("paramwise_cfg", None))(model)
@@ -143,7 +143,7 @@ def loop_rate(cfg: Config, data: dict[str, Any], steps: int, begin: int, mode: s
         )
         runner = Runner.from_cfg(cfg)
         if mode:
-            unwrapped(runner.model).backbone.compile(mode=mode)
+            compile_backbone(runner.model, mode)
         runner.train()
     return batch * (steps - begin) / runner.seconds
 
@@ -233,8 +233,6 @@ def main() -> None:
     with process_group() as distributed:
         if distributed:
             cfg.launcher = "pytorch"
-            if not torch.cuda.is_available():
-                cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
         facts = {"processes": get_world_size(), "config": Path(cfg.filename).stem, "batch": cfg.train_dataloader.batch_size}
         machine = environment("cuda" if torch.cuda.is_available() else "cpu")
         rows = []

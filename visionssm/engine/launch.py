@@ -19,7 +19,7 @@ from visionssm.errors import UserError, first_line
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
 from .dense import check_channels, check_files, check_precision
-from .distributed import process_group, unwrapped
+from .distributed import compile_backbone, process_group, unwrapped
 from .hooks import ExportHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import in_percent
@@ -69,7 +69,7 @@ def train(args: Namespace) -> dict[str, float]:
             check_kept(runner)
             check_space(runner)
             if mode := compile_mode(args):
-                unwrapped(runner.model).backbone.compile(mode=mode)
+                compile_backbone(runner.model, mode)
             try:
                 runner.train()
             except KeyboardInterrupt:
@@ -165,8 +165,6 @@ def _prepare(args: Namespace, distributed: bool) -> Config:
     check_writable(Path(cfg.work_dir))
     if distributed:
         cfg.launcher = "pytorch"
-        if not torch.cuda.is_available():
-            cfg.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
     return cfg
 
 

@@ -14,7 +14,7 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import master_only
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import Runner as MMEngineRunner
@@ -46,15 +46,31 @@ class Runner(MMEngineRunner):
         return quiet(super().build_logger(*args, **kwargs))
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Also with synchronised batch norms on CPUs, which torch refuses: plain ones take their place."""
+        """Between processes gradients are exchanged where they lie, unless the config says otherwise.
+
+        On CPUs, where torch refuses synchronised batch norms, plain ones take their place.
+        """
         if self.distributed and not torch.cuda.is_available() and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             self.logger.warning("SyncBN needs GPUs: on CPUs every process normalises by the statistics of its own images")
             model = revert_sync_batchnorm(model)
+        if self.distributed and model_wrapper_cfg is None and not is_model_wrapper(model):
+            model_wrapper_cfg = {
+                "type": "MMDistributedDataParallel",
+                "broadcast_buffers": False,
+                "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
+                "gradient_as_bucket_view": True,
+                **({} if torch.cuda.is_available() else {"device_ids": None}),
+            }
         return super().wrap_model(model_wrapper_cfg, model)
 
     def train(self) -> nn.Module:
-        """Train; a schedule in iterations goes on while gradients accumulate, of which mmengine would warn."""
+        """Train, without warnings of what is meant to be so.
+
+        A schedule in iterations goes on while gradients accumulate; a compiled gradient of one channel names other strides than its
+        place between processes, for the same numbers in the same order.
+        """
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             warnings.filterwarnings("ignore", message=r"Detected call of `scheduler.step\(\)` before `optimizer.step\(\)`")
             return super().train()
 
