@@ -9,7 +9,8 @@ resizing, and with `--real` the loop. Crop and mirror image are then all that is
 decode is timed with these alone as well.
 
 Started by torchrun, it times the loops alone, over all processes. With the same `--out` as the run of one process before, each rate
-is compared with that of one process.
+is compared with that of one process. `--document` fills the section of docs/training.md from that file, or
+benchmarks/training_cuda.csv.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from document_sections import replace_sections
 from machine import environment
 from mmengine.config import Config
 from mmengine.dist import get_world_size, is_main_process
@@ -40,6 +42,8 @@ from visionssm.engine.distributed import compile_backbone, process_group
 from visionssm.engine.launch import parsed_options
 from visionssm.errors import UserError
 from visionssm.registry import DATASETS, HOOKS
+
+ROOT = Path(__file__).parents[1]
 
 
 @DATASETS.register_module()
@@ -195,9 +199,31 @@ def record(rows: list[dict[str, Any]], out: Path) -> None:
         writer.writerows([*earlier, *rows])
 
 
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """The rates of a file as lines of Markdown."""
+    lines = ["| what | processes | images/s | of the bare step | of as many times one process |", "|---|---:|---:|---:|---:|"]
+    bare = next(float(row["images_per_s"]) for row in rows if row["what"] == "bare step")
+    for row in rows:
+        of_bare = f"{float(row['images_per_s']) / bare:.3f}" if row["what"].startswith("loop") and row["processes"] == "1" else ""
+        lines.append(
+            f"| {row['what']} | {row['processes']} | {float(row['images_per_s']):,.0f} | {of_bare} | {row['scaling'] or ''} |"
+        )
+    measured = dict.fromkeys(
+        f"`{row['config']}`, {row['batch']} images a process, torch.compile's mode {row['compiled']}; {row['device']}, torch "
+        f"{row['torch']}, {row['date']}"
+        for row in rows
+    )
+    return [*lines, "", f"Measured with {'; '.join(measured)}: benchmarks/training_cuda.csv."]
+
+
 def rates(cfg: Config, arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
     """What was timed, and images/s."""
-    timed = (arguments.steps, max(1, arguments.steps // 5), compile_mode(arguments))
+    loader = cfg.train_dataloader
+    # until its queue has been full once, a loader allocates pinned memory, which holds up the device
+    begin = max(1, arguments.steps // 5, loader.num_workers * loader.get("prefetch_factor", 2) + 4 if loader.num_workers else 0)
+    if begin >= arguments.steps:
+        raise UserError(f"--steps: got {arguments.steps}, expected more than {begin}, which are for warming up")
+    timed = (arguments.steps, begin, compile_mode(arguments))
     if get_world_size() == 1:
         yield "bare step", bare_rate(cfg, *timed)
     classes = cfg.model.backbone.num_classes
@@ -219,8 +245,10 @@ def rates(cfg: Config, arguments: argparse.Namespace) -> Iterator[tuple[str, flo
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("--steps", type=int, default=100, help="training steps; the first fifth is not counted")
+    parser.add_argument("config", metavar="CONFIG", nargs="?")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="training steps; the first fifth is not counted, nor what fills the loader's queue"
+    )
     add_compile_arguments(parser)
     parser.add_argument("--real", action="store_true", help="also time the loop on the config's own images")
     parser.add_argument("--device-decode", action="store_true", help="also time decoding on the device")
@@ -228,7 +256,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each number of workers")
     parser.add_argument("--out", type=Path, help="a CSV file to add the rates to")
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--document", action="store_true", help="time nothing; fill the section of docs/training.md from the CSV file"
+    )
     arguments = parser.parse_args()
+    if arguments.document:
+        with (arguments.out or ROOT / "benchmarks" / "training_cuda.csv").open(newline="") as file:
+            replace_sections(ROOT / "docs" / "training.md", {"throughput": table(list(csv.DictReader(file)))})
+        return
+    if arguments.config is None:
+        parser.error("expected CONFIG, or --document")
     cfg = load_config(arguments.config, parsed_options(arguments.cfg_options))
     with process_group() as distributed:
         if distributed:

@@ -24,6 +24,9 @@ _RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread":
 _LANES = 16
 """Lanes that sequence_spread gives a channel, one for each state."""
 
+_SHORT = 1024
+"""Steps of a sequence for which a second scan costs more than lanes that stay idle."""
+
 _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit integers
 
 
@@ -50,12 +53,13 @@ def backward_plan(n: int, batch: int, groups: int, channels: int, length: int, p
 
 
 def forward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
-    """A thread a channel; where that needs splits, lanes that share a channel, if they fill half the device or more."""
+    """A thread a channel; where that needs splits, lanes that share one, if the sequence is short or they fill half the device."""
     threads = _thread_plan("sequence_forward", batch, groups, channels, length, processors)
     spread = Plan("sequence_spread", 8, -(-length // STEPS), _LANES)
     fills = 2 * batch * groups * channels * _LANES >= 32 * _RESIDENT[spread.kernel] * processors
     split = threads.tiles_per_split < spread.tiles_per_split
-    return spread if n == _LANES and channels % spread.channels == 0 and split and fills else threads
+    fits = n == _LANES and channels % spread.channels == 0
+    return spread if fits and split and (fills or length <= _SHORT) else threads
 
 
 def _thread_plan(kernel: str, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:

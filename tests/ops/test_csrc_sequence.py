@@ -121,12 +121,21 @@ def test_strided_operands(kernels, plan, state, spread):  # noqa: F811
     assert kernels == 2 * [SPREAD if spread else FORWARD]
 
 
-def test_the_plan_of_the_forward():
-    """A thread a channel where channels are many, lanes that share one where they fill the device, else splits."""
+@pytest.mark.parametrize(
+    ("n", "batch", "channels", "length", "kernel"),
+    [
+        (16, 256, 384, 6085, FORWARD),  # enough channels
+        (16, 8, 384, 6085, SPREAD),
+        (16, 1, 384, 6085, FORWARD),  # in splits: lanes would leave most of the device idle
+        (16, 1, 384, 197, SPREAD),
+        (8, 1, 384, 197, FORWARD),
+        (16, 1, 388, 197, FORWARD),
+    ],
+)
+def test_the_plan_of_the_forward(n, batch, channels, length, kernel):
     from visionssm.ops.kernels.sequence import forward_plan
 
-    assert [forward_plan(16, batch, 1, 384, 6085, processors=132).kernel for batch in (256, 8, 1)] == [FORWARD, SPREAD, FORWARD]
-    assert {forward_plan(n, 8, 1, channels, 6085, processors=132).kernel for n, channels in ((8, 384), (16, 388))} == {FORWARD}
+    assert forward_plan(n, batch, 1, channels, length, processors=132).kernel == kernel
 
 
 def test_bitwise_repeatable(kernels):  # noqa: F811
