@@ -20,6 +20,9 @@ BACKENDS = ("reference", "chunked", "triton")
 MAX_STATES = 64
 """State variables N that the Triton kernels are tested for."""
 
+MAX_RANK = 256
+"""Largest rank R of a low-rank step for which the tiles of the Triton kernels fit the shared memory of every GPU, 99 KiB."""
+
 
 def can_run_reference(x: Tensor, **operands: Tensor | None) -> str | None:
     """None if the reference can run on `x`, else why not. It always can."""
@@ -32,7 +35,7 @@ def can_run_chunked(x: Tensor, **operands: Tensor | None) -> str | None:
 
 
 def can_run_triton(x: Tensor, **operands: Tensor | None) -> str | None:
-    """None if the Triton kernels can run on `x` and `operands`, of which `A` is (..., N), else why not."""
+    """None if the Triton kernels can run on `x` and `operands`, of which `A` is (..., N) and `dt_weight` (..., R), else why not."""
     taken = (torch.float16, torch.bfloat16, torch.float32)
     if x.dtype not in taken:
         return f"the Triton kernels take float16, bfloat16 and float32, not {x.dtype}"
@@ -42,6 +45,9 @@ def can_run_triton(x: Tensor, **operands: Tensor | None) -> str | None:
     A = operands.get("A")
     if A is not None and A.shape[-1] > MAX_STATES:
         return f"A has {A.shape[-1]} state variables, and the Triton kernels take up to {MAX_STATES}"
+    weight = operands.get("dt_weight")
+    if weight is not None and weight.shape[-1] > MAX_RANK:
+        return f"dt_weight has rank {weight.shape[-1]}, and the Triton kernels take up to {MAX_RANK}, or a full step"
     return _device_refusal(x.device.type, x.device.index)
 
 

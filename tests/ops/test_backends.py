@@ -45,14 +45,15 @@ def test_a_slow_fallback_on_a_gpu_warns_once():
         ({"A": torch.ones(2, 65)}, "A has 65 state variables, and the Triton kernels take up to 64"),
         ({"A": torch.ones(2, 3, dtype=torch.float64), "D": None}, r"take float16.*float32, and A is torch\.float64"),
         ({"A": torch.ones(2, 3), "D": torch.ones(2, dtype=torch.float64)}, r"and D is torch\.float64"),
+        ({"dt_weight": torch.ones(1, 2, 257)}, "dt_weight has rank 257, and the Triton kernels take up to 256, or a full step"),
     ],
-    ids=["states", "A", "D"],
+    ids=["states", "A", "D", "rank"],
 )
 def test_operands_that_triton_cannot_take(monkeypatch, operands, reason):
     monkeypatch.setattr(backends, "_device_refusal", lambda kind, index: None)
     backends._warn_slow.cache_clear()
     x = on_gpu(torch.float32)
-    assert backends.choose_backend(x, A=torch.ones(2, 64)) == "triton"
+    assert backends.choose_backend(x, A=torch.ones(2, 64), dt_weight=torch.ones(1, 2, 256)) == "triton"
     with pytest.raises(RuntimeError, match=f"backend: 'triton' cannot run here: .*{reason}"):
         backends.choose_backend(x, "triton", **operands)
     with pytest.warns(RuntimeWarning, match=f"a GPU tensor takes the slow chunked backend because .*{reason}"):

@@ -122,6 +122,25 @@ def test_shared_memory_of_a_sequence():
                 assert shared * (macros["BLOCKS"] if n <= 16 else 1) <= 227 * 1024, (chosen, macros)
 
 
+@pytest.mark.parametrize("kernel", ["step_gradient_kernel", "weight_gradient_kernel"])
+def test_shared_memory_of_the_largest_rank(kernel):
+    """Compiled for the smallest GPUs, of which a block may have 99 KiB."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from visionssm.ops.kernels import projection
+
+    function, rank = getattr(projection, kernel), backends.MAX_RANK
+    sizes = {"K": 4, "R": rank, "BR": rank, "BP": 64, "BC": 64, "TF32": True, "SPLIT": True}
+    sizes = {name: value for name, value in sizes.items() if name in function.arg_names}
+    pointers = {name: "*bf16" if name in ("dt_ptr", "ddt_ptr") else "*fp32" for name in function.arg_names if name.endswith("_ptr")}
+    signature = {name: pointers.get(name, "constexpr" if name in sizes else "i32") for name in function.arg_names}
+    target = GPUTarget("cuda", 86, 32)
+    compiled = compile(ASTSource(function, signature, sizes), target=target, options={"num_warps": 4})
+    assert compiled.metadata.shared <= 99 * 1024
+
+
 def test_no_nvrtc_is_told_once(monkeypatch):
     pytest.importorskip("triton")
     from visionssm.ops.kernels import cuda
