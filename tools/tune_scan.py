@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/tune_scan.csv"))
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():  # before the file of an earlier run is emptied
+        sys.exit("tune_scan: torch sees no CUDA device")
     warnings.simplefilter("error", RuntimeWarning)  # or Triton would be timed in place of a kernel that does not compile
     with arguments.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
