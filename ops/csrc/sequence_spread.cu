@@ -18,19 +18,17 @@ struct alignas(16) Shared {  // all twice: one is read while the other is writte
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
 
 // Sums over the lanes of a channel, of `parts` for each of the T steps: lane 4 g + q gets that of step 4 q + g % 4. The tensor cores read
-// 11 bits of a number, enough for bfloat16; for float16 they are given the rest as well.
+// 11 bits of a number, too few where states cancel: they are given the rest as well.
 DEVICE float sum_lanes(const float (&parts)[T], const float (&columns)[8], int lane) {
     float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int t = 0; t < T; t += 4) {
         const float *v = parts + t;
         multiply_add(d, v[0], v[1], v[2], v[3], columns[t / 2], columns[t / 2 + 1]);
-#if !BF16
         float rest[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) rest[i] = v[i] - from_bits(bits_of(v[i]) & 0xffffe000u);
         multiply_add(d, rest[0], rest[1], rest[2], rest[3], columns[t / 2], columns[t / 2 + 1]);
-#endif
     }
     const bool odd = lane & 4, upper = lane & 8;
     float first = odd ? d[2] : d[0], second = odd ? d[3] : d[1];

@@ -81,6 +81,22 @@ def test_states_spread_over_lanes(kernels, plan, sizes, options, softplus):  # n
     assert kernels == [SPREAD, BACKWARD]
 
 
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_states_that_cancel(kernels, plan, dtype, spread):  # noqa: F811
+    """Equal states whose shares of y add up to a hundredth of each: the sum over them is to float32's accuracy."""
+    plan(spread=spread)
+    inputs = selective_scan_inputs(1, 8, 37, 16, D=False, z=False, dtype=dtype, device=DEVICE)
+    inputs["A"] = inputs["A"][:, :1].expand(-1, 16).contiguous()
+    inputs["B"] = inputs["B"][:, :1].expand(-1, 16, -1).contiguous()
+    inputs["C"] = inputs["C"].sign() + 2.0**-7
+    inputs["C"][:, 8:] = -inputs["C"][:, :8].sign()
+    low, high = (selective_scan_ref(**t, delta_softplus=True) for t in (inputs, to_float64(inputs)))
+    y = selective_scan(**inputs, delta_softplus=True, backend="triton")
+    assert_within_budget(y, low, high, "y")
+    assert kernels == [SPREAD if spread else FORWARD]
+
+
 @pytest.mark.parametrize("channels", [32, 64, 128])
 def test_blocks(kernels, plan, channels):  # noqa: F811
     plan(channels)
