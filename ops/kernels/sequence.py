@@ -53,13 +53,12 @@ def backward_plan(n: int, batch: int, groups: int, channels: int, length: int, p
 
 
 def forward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
-    """A thread a channel; where that needs splits, lanes that share one, if the sequence is short or they fill half the device."""
+    """A thread a channel; where that would split a short sequence, lanes that share a channel."""
     threads = _thread_plan("sequence_forward", batch, groups, channels, length, processors)
     spread = Plan("sequence_spread", 8, -(-length // STEPS), _LANES)
-    fills = 2 * batch * groups * channels * _LANES >= 32 * _RESIDENT[spread.kernel] * processors
     split = threads.tiles_per_split < spread.tiles_per_split
     fits = n == _LANES and channels % spread.channels == 0
-    return spread if fits and split and (fills or length <= _SHORT) else threads
+    return spread if fits and split and length <= _SHORT else threads
 
 
 def _thread_plan(kernel: str, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
