@@ -450,11 +450,33 @@ def test_one_checkpoint_is_too_few(tiny, monkeypatch, capsys):
     assert "max_keep_ckpts: got 1, expected at least 2, or -1 for all" in one_line(capsys.readouterr().err)
 
 
-def test_half_a_line_in_a_log_is_left_out(tmp_path):
-    log = tmp_path / "20260101_000000" / "vis_data" / "scalars.json"
+def write_log(work, start, rows, end=""):
+    log = work / start / "vis_data" / "scalars.json"
     log.parent.mkdir(parents=True)
-    rows = [{"loss": 2.0, "iter": 1}, {"accuracy/top1": 50.0, "step": 1}]
-    log.write_text("\n".join(map(json.dumps, rows)) + '\n{"loss": 1.0, "it')
+    log.write_text("\n".join(map(json.dumps, rows)) + end)
+
+
+def test_half_a_line_in_a_log_is_left_out(tmp_path):
+    rows = [{"loss": 2.0, "iter": 1, "epoch": 1}, {"accuracy/top1": 50.0, "step": 1}]
+    write_log(tmp_path, "20260101_000000", rows, end='\n{"loss": 1.0, "it')
+    assert read_logs(tmp_path) == (rows[:1], rows[1:])
+
+
+def test_a_curve_goes_on_where_the_later_run_begins(tmp_path):
+    """A killed run resumed from epoch 1, a test in between."""
+    training = [{"loss": 3.0 - epoch, "iter": 10 * epoch, "epoch": epoch} for epoch in (1, 2, 3)]
+    validation = [{"accuracy/top1": 10.0 * epoch, "step": epoch} for epoch in (1, 2, 3)]
+    write_log(tmp_path, "20260101_000000", [*training, *validation])
+    write_log(tmp_path, "20260102_000000", [{"accuracy/top1": 1.0, "step": 0}])
+    again = [{"loss": 0.5, "iter": 15, "epoch": 2}, {"accuracy/top1": 30.0, "step": 2}, {"accuracy/top1_trained": 20.0, "step": 2}]
+    write_log(tmp_path, "20260103_000000", again)
+    assert read_logs(tmp_path) == ([training[0], again[0]], [validation[0], {**again[1], **again[2]}])
+
+
+def test_a_new_run_in_the_folder_of_another_has_a_curve_of_its_own(tmp_path):
+    write_log(tmp_path, "20260101_000000", [{"loss": 2.0, "iter": 50, "epoch": 5}, {"accuracy/top1": 50.0, "step": 5}])
+    rows = [{"loss": 3.0, "iter": 10, "epoch": 1}, {"accuracy/top1": 5.0, "step": 1}]
+    write_log(tmp_path, "20260102_000000", rows)
     assert read_logs(tmp_path) == (rows[:1], rows[1:])
 
 

@@ -1,6 +1,8 @@
 """A picture of how training went."""
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +56,25 @@ class LearningCurveHook(Hook):
 
 
 def read_logs(work_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and validation rows of all runs' JSON logs, in order; a later run's row takes an earlier one's place."""
-    training, validation = {}, {}
+    """Training and validation rows of all runs' JSON logs, in order; an earlier run's end where a later one begins."""
+    training: list[dict[str, Any]] = []
+    validation: list[dict[str, Any]] = []
     for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # a run that was killed may leave half a line
-                continue
-            if "loss" in row:
-                training[row["iter"]] = row
-            elif any(name.startswith("accuracy/") for name in row):
-                validation.setdefault(row["step"], {}).update(row)
-    return [training[key] for key in sorted(training)], [validation[key] for key in sorted(validation)]
+        rows = list(_rows(file))
+        own = [row for row in rows if "loss" in row]
+        scores: dict[int, dict[str, Any]] = {}  # by epoch: the average's and the trained weights' are logged apart
+        for row in rows:
+            if "loss" not in row and any(name.startswith("accuracy/") for name in row):
+                scores.setdefault(row["step"], {}).update(row)
+        if not own:  # a test
+            continue
+        training = [row for row in training if row["iter"] < own[0]["iter"]] + own
+        validation = [row for row in validation if row["step"] < own[0]["epoch"]] + [scores[step] for step in sorted(scores)]
+    return training, validation
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """A log's lines; a run that was killed may leave half a one."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
