@@ -157,14 +157,15 @@ def reported(row: Checkpoint) -> str:
 
 def trained(row: Checkpoint) -> str:
     """Our training, from the file that a command wrote: this model, and those that were trained beside it."""
-    lines = ["| model | test accuracy, % | parameters | epochs | images/s | GPU memory, MiB |", "|---|---|---|---|---|---|"]
+    lines = ["| config | test accuracy, % | parameters | epochs | images/s | GPU memory, MiB |", "|---|---|---|---|---|---|"]
+    own = next((run for run in RUNS if row.config.endswith(f"/{run['config']}.py")), RUNS[0])
     for run in RUNS:
-        name = f"**{run['model']}**" if run["model"] == row.model else run["model"]
+        name = f"**{run['config']}**" if run is own else run["config"]
         facts = (f"{float(run['accuracy']):.2f}", f"{int(run['parameters']):,}", run["epochs"], run["images_per_s"])
         lines.append(f"| {name} | {' | '.join(facts)} | {run['peak_memory_mib']} |")
-    own = next((run for run in RUNS if row.config.endswith(f"/{run['config']}.py")), RUNS[0])
     where = "{device}, {processes_on_gpu} of these trainings on each GPU, PyTorch {torch}, timm {timm}, {date}".format(**own)
-    note = "One recipe for all; images/s of the training loop. The test images chose nothing: the last epoch counts."
+    note = "One recipe for all, but for what a config's name says; images/s of the training loop. The test images chose nothing:"
+    note += " the last epoch counts."
     return f"## Trained here\n\n`tools/benchmark_cifar10.py` on {where}. {note}\n\n" + "\n".join(lines)
 
 

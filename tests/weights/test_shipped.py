@@ -83,11 +83,13 @@ def trained(tmp_path):
 
 def test_a_card_says_how_its_own_model_was_trained():
     with (ROOT / "benchmarks" / "cifar10_h200.csv").open(newline="") as file:
-        runs = {run["model"]: run for run in csv.DictReader(file)}
+        runs = {run["config"]: run for run in csv.DictReader(file)}
     for model in ("vmamba_nano", "local_vmamba_nano", "vim_nano", "local_vim_nano"):
+        run = runs[f"{model.replace('_', '-')}_cifar10"]
         card = (ROOT / "model_cards" / f"{model}.cifar10.md").read_text()
-        assert f", {runs[model]['processes_on_gpu']} of these trainings on each GPU, " in card
-        assert f", {runs[model]['date']}. One recipe for all" in card
+        assert f", {run['processes_on_gpu']} of these trainings on each GPU, " in card
+        assert f", {run['date']}. One recipe for all" in card
+        assert f"\n| **{run['config']}** | {float(run['accuracy']):.2f} |" in card
 
 
 def test_weights_enter_the_package(copied, trained):
@@ -99,8 +101,8 @@ def test_weights_enter_the_package(copied, trained):
     assert using.stdout.startswith(str(copy))
     card = (copy / "model_cards" / "vim_nano.cifar10.md").read_text()
     assert "value: 91.25" in card
-    assert "| **vim_nano** | 91.50 | 1,092,490 | 7 | 1000 | 100 |" in card
-    assert "| deit_tiny_patch16_224 |" in card
+    assert "| **vim-nano_cifar10** | 91.50 | 1,092,490 | 7 | 1000 | 100 |" in card
+    assert "| deit-nano_cifar10 |" in card
     assert "pickle" not in card
     again = run(str(copy / "tools" / "ship_weights.py"), str(trained))
     assert ", 0 of them changed" in again.stdout
