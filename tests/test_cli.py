@@ -402,6 +402,9 @@ def test_classify_refuses_files(tmp_path, photo, capsys):
         assert "does not say which model" in refusal(capsys, "classify", path, photo)
     torch.save({"state_dict": {}, "meta": {"cfg": "model = dict(backbone=dict(model_name='vim_nan'))"}}, path)
     assert "unknown model 'vim_nan'; did you mean vim_nano" in refusal(capsys, "classify", path, photo)
+    detector = "model = dict(type='MaskRCNN', backbone=dict(type='visionssm.Backbone', model_name='vim_nano'))"
+    torch.save({"state_dict": {}, "meta": {"cfg": detector}}, path)
+    assert "is of OpenMMLab's MaskRCNN; expected a checkpoint of a classifier" in refusal(capsys, "classify", path, photo)
     torch.save({"state_dict": {}, "meta": meta}, path)
     assert "cannot be loaded as vim_nano: missing" in refusal(capsys, "classify", path, photo)
 

@@ -61,9 +61,11 @@ def main() -> None:
     if args.single:
         args.output.write_text(json.dumps(measure(args.single, args)))
         return
+    names = [name for name in args.runs if args.pretrained or name != "segmentor"]  # or it would be that from scratch
+    if not names:
+        parser.error("--runs segmentor: expected --pretrained WEIGHTS")
     with tempfile.TemporaryDirectory() as scratch:
         args.work_dir = args.work_dir or Path(scratch, "work")
-        names = [name for name in args.runs if args.pretrained or name != "segmentor"]  # or it would be that from scratch
         for archive in {RUNS[name][1] for name in names}:
             with zipfile.ZipFile(args.data / f"{archive}.zip") as file:
                 file.extractall(scratch)

@@ -236,7 +236,8 @@ def _add_explain(commands: Any) -> None:
     methods = "rollout (default), attribution, raw, gradient, gradient_x_input or integrated_gradients"
     parser.add_argument("--method", default="rollout", metavar="METHOD", help=methods)
     parser.add_argument("--class", dest="target", type=_number, metavar="N", help="the class to explain; default: predicted")
-    parser.add_argument("--layer", type=_number, metavar="K", help="the layer whose paths are drawn and where the method starts")
+    layer = "the layer whose paths are drawn and where the method starts; -1 is the last"
+    parser.add_argument("--layer", type=int, metavar="K", help=layer)
     signed = "draw rollout, raw and paths from signed attention, as in the paper; default: from its magnitudes"
     parser.add_argument("--signed", action="store_true", help=signed)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from visionssm import config_path
-from visionssm.engine import ImageStream, RepeatedAugmentation
+from visionssm.engine import ImageStream, RepeatedAugmentation, Runner
 from visionssm.engine.launch import main_train
 from visionssm.errors import UserError
 
@@ -126,6 +127,26 @@ def test_two_processes_train_as_one_and_so_do_accumulated_batches(pair, plain, t
             torch.testing.assert_close(other[name], expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
     fewer = train_alone(plain, tmp_path / "fewer", "train_dataloader.batch_size=8")
     assert max((fewer[name] - value).abs().max().item() for name, value in alone.items()) > 1e-3
+
+
+@pytest.fixture
+def joined(tmp_path, monkeypatch):
+    """A group of this process alone."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("own", [{}, {"type": "MMDistributedDataParallel"}])
+def test_what_a_config_says_of_its_wrapper_goes_first(joined, own):
+    runner = Runner.__new__(Runner)
+    runner.cfg, runner._distributed = Config({"find_unused_parameters": False}), True
+    model = runner.wrap_model({**own, "find_unused_parameters": True}, torch.nn.Linear(2, 2))
+    assert model.find_unused_parameters
+    assert model.gradient_as_bucket_view
+    assert not model.broadcast_buffers
 
 
 def test_unreadable_images_of_both_processes_count_once(photographs, tmp_path):

@@ -80,6 +80,15 @@ def test_options_change_the_picture(saved, photo, tmp_path, capsys):
     assert len(set(pictures)) == len(pictures)
 
 
+def test_negative_layers_count_from_the_last(saved, photo, tmp_path, capsys):
+    pictures = []
+    for layer in (-1, 2):
+        out = tmp_path / f"{layer}.png"
+        assert run(capsys, "explain", saved["vim_nano"], photo, "-o", out, "--layer", layer)[0] == 0
+        pictures.append(out.read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 def test_the_other_images_are_explained(saved, photo, tmp_path, capsys):
     out = tmp_path / "out.png"
     status, lines, err = run(capsys, "explain", saved["vim_nano"], tmp_path / "none.png", photo, "-o", out)
@@ -94,7 +103,8 @@ def test_explain_refuses(saved, photo, tmp_path, capsys, monkeypatch):
     for options, message in (
         (["--method", "rolout"], "--method: got 'rolout', expected one of rollout, attribution, raw, .*; did you mean rollout"),
         (["--class", 2], "--class: 2 is out of range; the model has 2 classes, 0 to 1"),
-        (["--layer", 3], "layer: got 3, expected 0 to 2"),
+        (["--layer", 3], r"layer: got 3, expected 0 to 2 \(or -3 to -1\)"),
+        (["--layer", -4], "layer: got -4, expected 0 to 2"),
     ):
         line = refusal(capsys, "explain", folder, photo, "-o", out, *options)
         assert re.search(message, line)
@@ -128,4 +138,6 @@ def test_erf_refuses(saved, tmp_path, capsys):
     )
     assert "cannot write" in refusal(capsys, "erf", "vim_nano", "-o", tmp_path / "a.xyz")
     assert "no such file" in refusal(capsys, "erf", "vim_nano", tmp_path / "none.png", "--untrained", "-o", tmp_path / "a.png")
+    line = refusal(capsys, "erf", "vim_nano", "--size", 3, "--untrained", "-o", tmp_path / "a.png")
+    assert line.endswith("--size 3: image: 3 x 3 pixels is smaller than one 4 x 4 patch")
     assert "timm's own" in refusal(capsys, "erf", "resnet18", "--untrained", "-o", tmp_path / "a.png")

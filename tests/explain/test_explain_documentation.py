@@ -42,6 +42,13 @@ def test_sections_are_the_measured_ones(tools):
     assert {name: text.splitlines() for name, text in marked.items()} == measured
 
 
+def test_a_device_is_measured_once(tools):
+    """The tables name models and sizes, so that a second row of one could not be told from the first."""
+    for device in ("cpu", "cuda"):
+        rows = tools["benchmark_explain"].read(ROOT / "benchmarks" / f"explain_cost_{device}.csv")
+        assert len({(row["model"], row["size"], row["include"]) for row in rows}) == len(rows) > 0
+
+
 def test_sections_are_replaced(tools, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- one -->\nold\n<!-- /one -->\n<!-- two -->\n<!-- /two -->\n")

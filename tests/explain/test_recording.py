@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from small_models import build
@@ -172,6 +173,8 @@ def test_bad_layers():
             record(model, layers=layers),
         ):
             pass
+    with pytest.raises(UserError, match=r"layers: got array\(\[0, 1\]\), expected"), record(model, layers=np.arange(2)):
+        pass
     with pytest.raises(UserError, match=r"layers: got 'last', expected"), record(model, layers="last"):
         pass
     with record(model) as tape:

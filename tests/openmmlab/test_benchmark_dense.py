@@ -67,3 +67,26 @@ def test_table(tools):
         "Alone: detector; no GPU, 2 cores, torch 2.12.",
         "Runs at the same time: segmentor, segmentor from scratch; 2 x GPU, 4 cores, torch 2.11.",
     ]
+
+
+def test_the_page_shows_what_was_measured(tools):
+    from benchmark_dense import ROOT, RUNS, table
+
+    results = json.loads((ROOT / "benchmarks" / "dense_h200.json").read_text())
+    page = (ROOT / "docs" / "dense.md").read_text(encoding="utf-8")
+    section = page.partition("<!-- real images -->\n")[2].partition("<!-- /real images -->")[0]
+    assert section.splitlines() == table(results)
+    commands = page.partition("the table is of\n")[2].partition("<!-- real images -->")[0]
+    assert results.keys() == RUNS.keys()
+    for run in results.values():
+        assert f"--seconds {run['seconds of the schedule']:.0f}" in commands
+        assert " ".join(run["options"]) in commands
+
+
+def test_a_segmentor_from_given_weights_needs_them(tools, monkeypatch, tmp_path, capsys):
+    from benchmark_dense import main
+
+    monkeypatch.setattr("sys.argv", ["benchmark_dense.py", str(tmp_path), "--runs", "segmentor", "-o", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--runs segmentor: expected --pretrained WEIGHTS" in capsys.readouterr().err

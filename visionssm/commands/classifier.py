@@ -183,6 +183,9 @@ def _load_run(path: Path) -> nn.Module:
         raise UserError(
             f"{path}: does not say which model it is of; expected a checkpoint that training wrote, with state_dict and meta"
         ) from error
+    if "type" in arguments:  # "visionssm.Backbone"; a classifier's backbone is timm's
+        kind = config["model"].get("type")
+        raise UserError(f"{path}: is of OpenMMLab's {kind}; expected a checkpoint of a classifier that visionssm train wrote")
     _check_architecture(path, architecture)
     if classes:
         overlay["label_names"] = list(classes)

@@ -175,7 +175,9 @@ def receptive_field(
     batch = _batch(classifier, images, size)
     try:
         field = explain.effective_receptive_field(classifier.model, batch.to(classifier.device)).cpu()
-    except RuntimeError as error:  # more memory than there is
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:  # more memory than there is, fewer pixels than a patch
         raise UserError(f"--size {size or 'of the model'}: {first_line(error)}") from error
     axes = figure.subplots()
     figure.set_size_inches(4, 4)

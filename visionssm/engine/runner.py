@@ -26,6 +26,7 @@ from visionssm.weights import read_checkpoint
 
 from .dense import annotation_files
 
+_WRAPPER = "MMDistributedDataParallel"
 _NO_IMAGE = (
     "a detector's filter_cfg drops images without boxes of metainfo.classes and images smaller than min_size; "
     "a segmentor's data set takes the files in data_prefix.img_path that end in img_suffix"
@@ -46,20 +47,22 @@ class Runner(MMEngineRunner):
         return quiet(super().build_logger(*args, **kwargs))
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Between processes gradients are exchanged where they lie, unless the config says otherwise.
+        """Between processes gradients are exchanged where they lie; what the config says of its wrapper goes first.
 
         On CPUs, where torch refuses synchronised batch norms, plain ones take their place.
         """
         if self.distributed and not torch.cuda.is_available() and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             self.logger.warning("SyncBN needs GPUs: on CPUs every process normalises by the statistics of its own images")
             model = revert_sync_batchnorm(model)
-        if self.distributed and model_wrapper_cfg is None and not is_model_wrapper(model):
+        own = model_wrapper_cfg or {}
+        if self.distributed and not is_model_wrapper(model) and own.get("type", _WRAPPER) == _WRAPPER:
             model_wrapper_cfg = {
-                "type": "MMDistributedDataParallel",
+                "type": _WRAPPER,
                 "broadcast_buffers": False,
                 "find_unused_parameters": self.cfg.get("find_unused_parameters", False),
                 "gradient_as_bucket_view": True,
                 **({} if torch.cuda.is_available() else {"device_ids": None}),
+                **own,
             }
         return super().wrap_model(model_wrapper_cfg, model)
 

@@ -170,7 +170,7 @@ def record(model: nn.Module, layers: str | Sequence[int] = "all") -> Iterator[Ta
         found = ", ".join(type(network).__name__ for network in networks) or "none"
         raise UserError(f"model: expected a {type(model).__name__} with one network of the zoo inside, found {found}")
     tape = Tape(networks[0])
-    if layers != "all":
+    if not isinstance(layers, str) or layers != "all":
         if isinstance(layers, str) or not isinstance(layers, Sequence):
             raise UserError(f'layers: got {layers!r}, expected "all" or a list of layer numbers')
         tape.recorded = frozenset(tape.check_layer(layer) for layer in layers)
