@@ -26,12 +26,9 @@ DEVICE Work work_of(int channels, int groups, int splits) {
     return {rest % groups, rest / groups % splits, rest / groups / splits, first, left};
 }
 
-// A thread's share of a tile: always the same step, of every ROWS-th row. Beyond the last step it reads that one again.
+// A thread's share of a tile: always the same step, thread % T, of every ROWS-th row.
 DEVICE const uint16 *share(const uint16 *map, int stride, int thread) { return map + thread / T * stride; }
-DEVICE int share_step(int first, int length, int thread) {
-    const int step = first + thread % T;
-    return step < length ? step : length - 1;
-}
+DEVICE int existing(int step, int length) { return step < length ? step : length - 1; }  // beyond the last step that one again
 
 // Start reading a thread's share of a tile of rows first, first + 1, ..., of which there are `rows`; the caller takes care that all its
 // steps exist. Nothing is converted here, nor packed, so that the reads go on while another tile is computed. An address by one
@@ -61,6 +58,15 @@ DEVICE void write_matrix(float (&to)[N][MATRIX_ROW], const uint32 (&raw)[MATRIX_
 DEVICE void load_decay(float (&to)[N][CHANNELS], const float *A, int channels, int thread) {
     for (int e = thread; e < N * CHANNELS; e += THREADS) to[e % N][e / N] = e / N < channels ? A[e] : 0.f;
 }
+
+// delta of a step, times log2(e), from what the map holds and the bias times log2(e).
+DEVICE float step_of(float delta, float bias) {
+    float v = delta * LOG2E + bias, unused;
+    if (SOFTPLUS) v = softplus<8>(v, unused);
+    return v;
+}
+
+DEVICE float silu(float v) { return v * reciprocal(1.f + exp2_fast(v * -LOG2E)); }
 
 // Four steps of a row of B or C.
 DEVICE void load_four(float *to, const float *from) {

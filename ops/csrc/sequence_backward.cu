@@ -50,16 +50,12 @@ DEVICE void copy_matrix(float (&to)[N][MATRIX_ROW], const uint16 *from, int stri
 DEVICE void open_tile(float (&step)[T], float (&grad)[T], const uint16 *delta_row, const uint16 *z_row, float bias) {
     load_row(step, delta_row);
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-        float unused;
-        step[t] = step[t] * LOG2E + bias;
-        if (SOFTPLUS) step[t] = softplus<8>(step[t], unused);
-    }
+    for (int t = 0; t < T; t++) step[t] = step_of(step[t], bias);
     if (!HAS_Z) return;
     float z[T];
     load_row(z, z_row);
 #pragma unroll
-    for (int t = 0; t < T; t++) grad[t] *= z[t] * reciprocal(1.f + exp2_fast(z[t] * -LOG2E));
+    for (int t = 0; t < T; t++) grad[t] *= silu(z[t]);
 }
 
 #if SUMMARY
@@ -208,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         const int first_step = tile * T;
         const int steps = length - first_step < T ? length - first_step : T;
         __syncthreads();  // the last tile's sums are stored
-        const int read = share_step(first_step, length, thread);
+        const int read = existing(first_step + thread % T, length);
         copy_rows(shared.delta, delta + read, delta_row, work.left, thread);
         if (HAS_Z) copy_rows(shared.z, z + read, z_row, work.left, thread);
         copy_matrix(shared.C, C + read, C_row, 1.f, thread);

@@ -22,17 +22,11 @@ DEVICE void write_steps(
         const int c = thread / T + i * ROWS;
         const float2 parameters = shared.parameters[c];
         const float value = to_float((uint16)u[i]);
-        float v = to_float((uint16)delta[i]) * LOG2E + parameters.x, unused;
-        if (SOFTPLUS) v = softplus<8>(v, unused);
+        float v = step_of(to_float((uint16)delta[i]), parameters.x);
         v = inside ? v : 0.f;  // a step after the last changes no state
         shared.steps[t][c] = {v, v * value};
 #if !SUMMARY
-        float gate = 1.f;
-        if (HAS_Z) {
-            gate = to_float((uint16)z[i]);
-            gate *= reciprocal(1.f + exp2_fast(gate * -LOG2E));
-        }
-        shared.gates[t][c] = {parameters.y * value, gate};
+        shared.gates[t][c] = {parameters.y * value, HAS_Z ? silu(to_float((uint16)z[i])) : 1.f};
 #endif
     }
 }
@@ -67,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
         shared.h[n][own] = !SUMMARY && work.split > 0 && real ? states[n * channels] : 0.f;
     uint32 raw_u[T], raw_delta[T], raw_z[T], raw_B[MATRIX_READS], raw_C[MATRIX_READS];
     auto read = [&](int tile) {
-        const int step = share_step(tile * T, length, thread);
+        const int step = existing(tile * T + thread % T, length);
         read_rows<FULL>(raw_u, u + step, u_row, work.left, thread);
         read_rows<FULL>(raw_delta, delta + step, delta_row, work.left, thread);
         read_matrix(raw_B, B + step, B_row, thread);

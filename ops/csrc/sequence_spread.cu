@@ -70,11 +70,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     uint32 raw_u, raw_delta, raw_z = 0, raw_B[MATRIX_READS], raw_C[MATRIX_READS];
     int first = 0;  // step of the tile that is read next
     auto read = [&]() INLINE {
-        const int step = first + own_step < length ? first + own_step : length - 1;  // beyond the last step that one again
+        const int step = existing(first + own_step, length);
         raw_u = u[step];
         raw_delta = delta[step];
         if (HAS_Z) raw_z = z[step];
-        const int matrix_step = share_step(first, length, thread);
+        const int matrix_step = existing(first + thread % T, length);
         read_matrix(raw_B, B + matrix_step, B_row, thread);
         read_matrix(raw_C, C + matrix_step, C_row, thread);
         first += T;
@@ -82,16 +82,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     // Work out what the tile that was read needs, in `gate` what y of the lane's step does; read the tile after it.
     auto open = [&](int to, float2 &gate) INLINE {
         const float value = to_float((uint16)raw_u);
-        float v = to_float((uint16)raw_delta) * LOG2E + own_bias, unused;
-        if (SOFTPLUS) v = softplus<8>(v, unused);
+        float v = step_of(to_float((uint16)raw_delta), own_bias);
         v = first + own_step < length + T ? v : 0.f;  // a step after the last changes no state
         shared.steps[to][warp][pair][own_step] = {v, v * LN2 * value};
-        float open = 1.f;
-        if (HAS_Z) {
-            open = to_float((uint16)raw_z);
-            open *= reciprocal(1.f + exp2_fast(open * -LOG2E));
-        }
-        gate = {skip * value, open};
+        gate = {skip * value, HAS_Z ? silu(to_float((uint16)raw_z)) : 1.f};
         write_matrix(shared.B[to], raw_B, 1.f, thread);
         write_matrix(shared.C[to], raw_C, 1.f, thread);
         read();

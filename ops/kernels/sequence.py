@@ -47,7 +47,7 @@ class Plan:
         return self.channels * self.lanes // 32
 
 
-def backward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
+def backward_plan(batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
     """A thread a channel."""
     return _thread_plan("sequence_backward", batch, groups, channels, length, processors)
 
@@ -104,12 +104,11 @@ class Sequence:
         self.groups, self.n = self.B.shape[1], self.A.shape[1]
         self.channels = dim // self.groups
         self.tiles = -(-self.length // STEPS)
-        sizes = (self.n, self.batch, self.groups, self.channels, self.length, cuda.processors(self.u.device))
-        self.forward_plan, self.backward_plan = forward_plan(*sizes), backward_plan(*sizes)
+        self.sizes = (self.batch, self.groups, self.channels, self.length, cuda.processors(self.u.device))
 
     def forward(self, y: Tensor, states: Tensor, last: Tensor) -> None:
         """Write y (batch, length, dim), the states before every tile (launch.states_shape), and the last state if it has room."""
-        plan = self.forward_plan
+        plan = forward_plan(self.n, *self.sizes)
         if (splits := self._splits(plan)) > 1:
             ends, totals = self._ends_and_totals(splits)
             self._launch(plan, [y, ends, last, totals], [], SUMMARY=1, LAST=0)
@@ -123,7 +122,7 @@ class Sequence:
         Returns:
             du, ddelta, dz (batch, length, dim), dA, dB, dC, dD, dbias; that of an operand that is None is empty.
         """
-        u, plan = self.u, self.backward_plan
+        u, plan = self.u, backward_plan(*self.sizes)
         blocks, splits = self._blocks(plan), self._splits(plan)
         dy = dy if 2 * max(dy.stride()) < _LARGEST else dy.contiguous()
         du, ddelta, dz = (u.new_empty((0,) if m is None else dy.shape) for m in (u, self.delta, self.z))

@@ -115,8 +115,8 @@ def test_shared_memory_of_a_sequence():
 
     for n in sequence.STATES:
         for batch, channels in ((128, 384), (128, 40), (8, 384), (1, 384), (1, 1)):
-            for plan in (sequence.forward_plan, sequence.backward_plan):
-                chosen = plan(n, batch, 1, channels, 6085, processors=132)
+            sizes = (batch, 1, channels, 6085, 132)
+            for chosen in (sequence.forward_plan(n, *sizes), sequence.backward_plan(*sizes)):
                 macros = sequence.shape_macros(n, chosen) | {"SUMMARY": 0}
                 shared = sequence._shared_bytes(chosen.kernel, macros) + 1024
                 assert shared * (macros["BLOCKS"] if n <= 16 else 1) <= 227 * 1024, (chosen, macros)
