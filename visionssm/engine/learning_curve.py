@@ -62,12 +62,12 @@ def read_logs(work_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
         rows = list(_rows(file))
         own = [row for row in rows if "loss" in row]
+        if not own:  # a test
+            continue
         scores: dict[int, dict[str, Any]] = {}  # by epoch: the average's and the trained weights' are logged apart
         for row in rows:
             if "loss" not in row and any(name.startswith("accuracy/") for name in row):
                 scores.setdefault(row["step"], {}).update(row)
-        if not own:  # a test
-            continue
         training = [row for row in training if row["iter"] < own[0]["iter"]] + own
         validation = [row for row in validation if row["step"] < own[0]["epoch"]] + [scores[step] for step in sorted(scores)]
     return training, validation
