@@ -12,6 +12,7 @@ python3 tools/benchmark_ops.py --device cuda --out "$out/ops_cuda_$(date +%F).cs
 if command -v ncu > /dev/null; then
     counters=gpu__time_duration.sum,sm__inst_executed.avg.per_cycle_active,sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active
     counters+=,sm__warps_active.avg.per_cycle_active,dram__throughput.avg.pct_of_peak_sustained_elapsed
+    counters+=,l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed,sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active
     ncu --kernel-name "regex:scan|sequence" --metrics $counters --section WarpStateStats python3 - <<'ONCE' 2>&1 | tee "$out/gpu_counters.log" | tail -120
 import benchmark_ops as b
 import torch
