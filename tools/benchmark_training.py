@@ -38,7 +38,7 @@ from visionssm.commands.training import add_compile_arguments, compile_mode
 from visionssm.engine import OptimWrapperConstructor, Runner
 from visionssm.engine.config import load_config
 from visionssm.engine.device_decode import decode_batch
-from visionssm.engine.distributed import compile_backbone, process_group
+from visionssm.engine.distributed import compile_backbone, leave, process_group
 from visionssm.engine.launch import parsed_options
 from visionssm.errors import UserError
 from visionssm.registry import DATASETS, HOOKS
@@ -295,3 +295,4 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"benchmark_training: {error}")
+    sys.exit(leave(0))

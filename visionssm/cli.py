@@ -301,9 +301,10 @@ def _train(args: argparse.Namespace) -> int:
     from .commands.training import needs_training
 
     with needs_training():
+        from .engine.distributed import leave
         from .engine.launch import train
     train(args)
-    return 0
+    return leave(0)
 
 
 def _add_test(commands: Any) -> None:
@@ -320,9 +321,10 @@ def _test(args: argparse.Namespace) -> int:
     from .commands.training import needs_training
 
     with needs_training():
+        from .engine.distributed import leave
         from .engine.launch import test
     test(args)
-    return 0
+    return leave(0)
 
 
 def _add_env(commands: Any) -> None:

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -127,6 +129,46 @@ def test_two_processes_train_as_one_and_so_do_accumulated_batches(pair, plain, t
             torch.testing.assert_close(other[name], expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
     fewer = train_alone(plain, tmp_path / "fewer", "train_dataloader.batch_size=8")
     assert max((fewer[name] - value).abs().max().item() for name, value in alone.items()) > 1e-3
+
+
+RESTLESS = """
+#include <unistd.h>
+#include <thread>
+extern "C" int PyGILState_Ensure();
+extern "C" void PyGILState_Release(int);
+static void take_turns() noexcept { for (;;) { usleep(1000); PyGILState_Release(PyGILState_Ensure()); } }
+extern "C" void start() { std::thread(take_turns).detach(); }
+"""
+LEAVER = """
+import atexit, ctypes, sys, time
+from visionssm.engine.distributed import leave
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)
+slow = Slow()  # torn down while Python ends
+ctypes.CDLL(sys.argv[1]).start()
+atexit.register(print, "at the end")
+sys.exit(leave(3))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux")
+@pytest.mark.parametrize("several", [True, False])
+def test_a_process_of_several_ends_whatever_its_threads_do(several, tmp_path, monkeypatch):
+    """A thread of C++ asks for Python's lock all the time, as gloo's may; a process that ends as usual aborts at that."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    if not several:
+        monkeypatch.delenv("LOCAL_RANK")
+    source, library = tmp_path / "restless.cpp", tmp_path / "restless.so"
+    source.write_text(RESTLESS)
+    subprocess.run(["g++", "-shared", "-fPIC", "-pthread", "-o", str(library), str(source)], check=True)
+    run = subprocess.run([sys.executable, "-c", LEAVER, str(library)], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "at the end\n"
+    if several:
+        assert (run.returncode, run.stderr) == (3, "")
+    elif sys.version_info < (3, 14):
+        assert run.returncode == -signal.SIGABRT
+        assert "terminate called without an active exception" in run.stderr
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Many processes, which torchrun starts: one per GPU, or several on a CPU for tests."""
 
+import atexit
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,10 +36,25 @@ def process_group() -> Iterator[bool]:
         dist.init_process_group("gloo")
     try:
         yield True
-        # Who leaves right after the last exchange ends while gloo's thread still lets go of its tensors, at which torch aborts.
-        dist.barrier()
+        dist.barrier()  # the end of a process resets its connections, maybe before another has read what came last
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> int:
+    """End this process with an exit status, if torchrun has started it; else return the status.
+
+    gloo's threads outlive the group. Python before 3.14 stops a thread that asks for its lock while it ends, here amid C++ that
+    lets go of a tensor, at which C++ aborts the process. So it ends as multiprocessing ends its children, by the system's own
+    call, after what was to run at the end and with all output written.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return status
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

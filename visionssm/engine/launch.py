@@ -19,7 +19,7 @@ from visionssm.errors import UserError, first_line
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
 from .dense import check_channels, check_files, check_precision
-from .distributed import compile_backbone, process_group, unwrapped
+from .distributed import compile_backbone, leave, process_group, unwrapped
 from .hooks import ExportHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import in_percent
@@ -34,14 +34,17 @@ _console = Console(soft_wrap=True, highlight=False)
 
 
 def main_train(argv: Sequence[str] | None = None) -> int:
-    """Train from a config, test on its test data, say where everything lies. Returns the exit status."""
+    """Train from a config, test on its test data, say where everything lies. Returns the exit status.
+
+    One of several processes does not return, it ends: `distributed.leave`.
+    """
     parser = ArgumentParser(description="Train a model from a config.")
     add_train_arguments(parser)
     return _run(train, parser, argv)
 
 
 def main_test(argv: Sequence[str] | None = None) -> int:
-    """Test a checkpoint of a training run. Returns the exit status."""
+    """Test a checkpoint of a training run. Returns the exit status, or ends, as `main_train` does."""
     parser = ArgumentParser(description="Test a checkpoint on the test data of its config.")
     add_test_arguments(parser)
     return _run(test, parser, argv)
@@ -124,15 +127,15 @@ def newest_checkpoint(work_dir: str | Path) -> str | None:
 
 
 def _run(command: Callable[[Namespace], None], parser: ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse, run, and turn what the user can correct into one line."""
+    """Parse, run, and turn what the user can correct into one line; a process of several ends here."""
     try:
         command(parser.parse_args(argv))
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: error: {error}\n")
-        return 1
+        return leave(1)
     except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+        return leave(INTERRUPTED)
+    return leave(0)
 
 
 @contextmanager
