@@ -142,6 +142,16 @@ def test_resumed_where_accumulated_batches_do_not_divide_an_epoch(tiny, capsys):
     assert "Resumed iteration number" not in capsys.readouterr().err
 
 
+def test_runs_of_one_second_have_a_log_each(tiny, monkeypatch):
+    path, work = tiny
+    monkeypatch.setattr("mmengine.runner.runner.time.strftime", lambda *_: "20261201_021307")
+    options = ["--cfg-options", "train_cfg.max_epochs=1", "default_hooks.logger.interval=1"]
+    for name in ("first", "second"):
+        assert main_train([str(path), "--work-dir", str(work / name), *options]) == 0
+    first, second = ((work / name / "20261201_021307" / "20261201_021307.log").read_text() for name in ("first", "second"))
+    assert first.count("Epoch(train) [1][1/4]") == second.count("Epoch(train) [1][1/4]") == 1
+
+
 def test_what_is_tested_after_training_is_the_average(tiny):
     """mmengine begins the test as a run of its own, at which its hook would begin a new average."""
     path, work = tiny

@@ -1,5 +1,6 @@
 """From a command line to a result: what `tools/train.py`, `tools/test.py` and the package's own commands share."""
 
+import itertools
 import shlex
 import sys
 from argparse import ArgumentParser, Namespace
@@ -31,6 +32,7 @@ from .work_dir import check_kept, check_space, check_writable
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
 
 _console = Console(soft_wrap=True, highlight=False)
+_runs = itertools.count(1)  # of this process
 
 
 def main_train(argv: Sequence[str] | None = None) -> int:
@@ -212,7 +214,9 @@ def _runner_class(cfg: Config) -> type[Runner] | type[FlexibleRunner]:
 
 @contextmanager
 def _runner(cfg: Config) -> Iterator[Runner]:
-    """A Runner whose live display is closed whatever happens."""
+    """A Runner with a log of its own, whose live display is closed whatever happens."""
+    if (number := next(_runs)) > 1:  # mmengine tells runs of a process apart by the config and the second at which they start
+        cfg.experiment_name = f"{cfg.get('experiment_name') or Path(cfg.filename).stem}-{number}"
     runner = _runner_class(cfg).from_cfg(cfg)
     try:
         check_channels(unwrapped(runner.model))
