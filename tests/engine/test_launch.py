@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import timm
 import torch
 
 from visionssm import config_path
+from visionssm.engine import Runner
 from visionssm.engine.launch import INTERRUPTED, main_test, main_train, newest_checkpoint
 
 DIGITS = "classification/vmamba-nano_digits"
@@ -89,15 +91,21 @@ def test_resume_without_a_checkpoint_starts_anew(tiny, capsys):
     assert f"no checkpoint in {work} yet: starting anew" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_a_usable_checkpoint(tiny):
+@pytest.mark.parametrize("launcher", [{}, {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}], ids=len)
+def test_ctrl_c_leaves_a_usable_checkpoint(tiny, launcher):
+    """By itself, and as torchrun starts a process."""
     config, work = tiny
+    if launcher:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            launcher = launcher | {"MASTER_PORT": str(free.getsockname()[1])}
     command = [sys.executable, str(TOOLS / "train.py"), str(config), "--work-dir", str(work)]
     process = subprocess.Popen(
         [*command, "--cfg-options", "train_cfg.max_epochs=10000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **launcher},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 120
@@ -113,6 +121,25 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tiny):
     epoch = int(re.search(r"epoch_(\d+)", newest_checkpoint(work)).group(1))
     assert main_train([str(config), "--work-dir", str(work), "--resume", "--cfg-options", f"train_cfg.max_epochs={epoch + 1}"]) == 0
     assert (work / f"epoch_{epoch + 1}.pth").exists()
+
+
+def test_an_interruption_while_the_config_is_formatted(tiny, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    config, work = tiny
+    save_checkpoint = Runner.save_checkpoint
+
+    def saving(self, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr("yapf.yapflib.yapf_api.FormatCode", interrupted)
+            save_checkpoint(self, *args, **kwargs)
+
+    monkeypatch.setattr(Runner, "save_checkpoint", saving)
+    assert main_train([str(config), "--work-dir", str(work)]) == INTERRUPTED
+    assert "interrupted in epoch 1 of 2: no checkpoint had been written yet" in capsys.readouterr().out
+    monkeypatch.setattr("yapf.yapflib.yapf_api.FormatCode", interrupted)
+    assert main_train([str(config), "--work-dir", str(work)]) == INTERRUPTED
 
 
 def test_a_failed_write_keeps_the_last_checkpoint(tiny, monkeypatch):

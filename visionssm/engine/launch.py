@@ -76,7 +76,8 @@ def train(args: Namespace) -> dict[str, float]:
             if mode := compile_mode(args):
                 compile_backbone(runner.model, mode)
             try:
-                runner.train()
+                with _interruptions():
+                    runner.train()
             except KeyboardInterrupt:
                 _say_how_to_resume(runner)
                 raise
@@ -141,6 +142,17 @@ def _run(command: Callable[[Namespace], None], parser: ArgumentParser, argv: Seq
 
 
 @contextmanager
+def _interruptions() -> Iterator[None]:
+    """An interruption as such: mmengine takes one that comes while it formats a config for an error of the config's."""
+    try:
+        yield
+    except SyntaxError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+
+
+@contextmanager
 def _explained() -> Iterator[None]:
     """What the user can correct, as a UserError of one line.
 
@@ -148,7 +160,8 @@ def _explained() -> Iterator[None]:
         UserError: one from a loader's worker without its traceback; a missing file; too little memory, with what to lower.
     """
     try:
-        yield
+        with _interruptions():
+            yield
     except UserError as error:
         message = str(error).rpartition(f"{UserError.__name__}: ")[2]
         raise UserError(" ".join(message.split())) from error
