@@ -42,14 +42,14 @@ def main_train(argv: Sequence[str] | None = None) -> int:
     """
     parser = ArgumentParser(description="Train a model from a config.")
     add_train_arguments(parser)
-    return _run(train, parser, argv)
+    return leave(_run(train, parser, argv))
 
 
 def main_test(argv: Sequence[str] | None = None) -> int:
     """Test a checkpoint of a training run. Returns the exit status, or ends, as `main_train` does."""
     parser = ArgumentParser(description="Test a checkpoint on the test data of its config.")
     add_test_arguments(parser)
-    return _run(test, parser, argv)
+    return leave(_run(test, parser, argv))
 
 
 def train(args: Namespace) -> dict[str, float]:
@@ -130,15 +130,15 @@ def newest_checkpoint(work_dir: str | Path) -> str | None:
 
 
 def _run(command: Callable[[Namespace], None], parser: ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse, run, and turn what the user can correct into one line; a process of several ends here."""
+    """Parse, run, and turn what the user can correct into one line."""
     try:
         command(parser.parse_args(argv))
     except UserError as error:
         sys.stderr.write(f"{parser.prog}: error: {error}\n")
-        return leave(1)
+        return 1
     except KeyboardInterrupt:
-        return leave(INTERRUPTED)
-    return leave(0)
+        return INTERRUPTED
+    return 0
 
 
 @contextmanager
