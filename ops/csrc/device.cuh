@@ -33,6 +33,12 @@ DEVICE void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, 
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(bits_of(a0)), "r"(bits_of(a1)), "r"(bits_of(a2)), "r"(bits_of(a3)), "r"(bits_of(b0)), "r"(bits_of(b1)));
 }
+// d[16 x 8] = a[16 x 4] b[4 x 8], tf32: lane 4 g + q holds a at (g, q), (g + 8, q) and b at (q, g); d as above.
+DEVICE void multiply(float (&d)[4], float a0, float a1, float b) {
+    asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(bits_of(a0)), "r"(bits_of(a1)), "r"(bits_of(b)), "f"(0.f));
+}
 // d[16 x 8] += a[16 x 16] b[16 x 8] of pairs in the maps' dtype; d as above. Lane = 4 g + q holds a from (g, 2 q), (g + 8, 2 q),
 // (g, 2 q + 8), (g + 8, 2 q + 8) to the right, b from (2 q, g), (2 q + 8, g) down.
 DEVICE void multiply_add(float (&d)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {

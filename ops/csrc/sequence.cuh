@@ -2,7 +2,7 @@
 // macros
 //   N   states of a channel;  HAS_Z  0 or 1
 //   FULL     1 where the channels of a group are a multiple of those of a block
-//   LANES    threads that share a channel: 1, or N in sequence_spread.cu
+//   LANES    threads that share a channel: 1, or 4 in sequence_spread.cu
 //   SUMMARY  1 for a pass that finds out only what a split of the sequence hands on: its end from zero, and its sum of delta
 //
 // Rows of a map start anywhere (their length may be odd), so a map is read two bytes a lane, lanes along the steps. What is written,
@@ -73,3 +73,4 @@ DEVICE void load_four(float *to, const float *from) {
     const float4 v = *(const float4 *)from;
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
+DEVICE void store_four(float *to, const float *v) { *(float4 *)to = {v[0], v[1], v[2], v[3]}; }

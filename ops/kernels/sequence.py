@@ -18,14 +18,17 @@ from .reduce import carry_splits
 STATES = range(4, 33)
 """Numbers of state variables that are served."""
 
-_RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread": 16}
+_RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread": 8}
 """Warps of a kernel on a multiprocessor: what registers have room for."""
 
-_LANES = 16
-"""Lanes that sequence_spread gives a channel, one for each state."""
+_LANES = 4
+"""Lanes that sequence_spread gives a channel, of 16 states."""
 
 _SHORT = 1024
 """Steps of a sequence for which a second scan costs more than lanes that stay idle."""
+
+_ENOUGH = 2
+"""Warps of sequence_spread on a multiprocessor from which on it is faster than a second scan."""
 
 _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit integers
 
@@ -53,12 +56,22 @@ def backward_plan(batch: int, groups: int, channels: int, length: int, processor
 
 
 def forward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
-    """A thread a channel; where that would split a short sequence, lanes that share a channel."""
+    """A thread a channel; where that would split a sequence which is short or has channels enough, lanes that share a channel."""
     threads = _thread_plan("sequence_forward", batch, groups, channels, length, processors)
-    spread = Plan("sequence_spread", 8, -(-length // STEPS), _LANES)
-    split = threads.tiles_per_split < spread.tiles_per_split
-    fits = n == _LANES and channels % spread.channels == 0
-    return spread if fits and split and length <= _SHORT else threads
+    split = threads.tiles_per_split < -(-length // STEPS)
+    fits = n == 16 and channels % 8 == 0
+    enough = length <= _SHORT or batch * groups * channels * _LANES >= 32 * _ENOUGH * processors
+    return spread_plan(batch, groups, channels, length, processors) if fits and split and enough else threads
+
+
+def spread_plan(batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
+    """Four lanes a channel, in blocks that leave the fewest warps to the busiest multiprocessor, of those the largest."""
+
+    def most(block: int) -> int:
+        return -(-(channels // block * groups * batch) // processors) * block
+
+    block = min((block for block in (32, 24, 16, 8) if channels % block == 0), key=most)
+    return Plan("sequence_spread", block, -(-length // STEPS), _LANES)
 
 
 def _thread_plan(kernel: str, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
@@ -192,5 +205,5 @@ def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
         rows, sums, grad = 2 * (STEPS + 8) * channels, 8 * STEPS * n * warps, 4 * (STEPS + 4) * channels
         return (2 + full) * (rows + parameters) + (1 + full) * matrices + full * (grad + sums + 384)
     if kernel == "sequence_spread":
-        return 2 * (2 * matrices + 8 * channels * (STEPS + 2) + 4 * n * (channels + 1) + 2 * STEPS * (channels + 2))
+        return 2 * (2 * matrices + 4 * 9 * channels * (STEPS + 4))
     return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (channels + 1) + 8 * channels + 16

@@ -203,3 +203,7 @@ static void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, 
     }
     __syncwarp();
 }
+static void multiply(float (&d)[4], float a0, float a1, float b) {
+    for (float &v : d) v = 0.f;
+    multiply_add(d, a0, a1, 0.f, 0.f, b, 0.f);
+}

@@ -17,11 +17,12 @@ FORWARD, BACKWARD, SPREAD = "sequence_forward", "sequence_backward", "sequence_s
 def plan(monkeypatch):
     """Cut up the work as a test wants it, whatever the device."""
 
-    def choose(channels=32, tiles_per_split=1000, spread=False):
+    def choose(channels=32, tiles_per_split=1000, spread=False, spread_channels=8):
         from visionssm.ops.kernels import sequence
 
         backward = sequence.Plan(BACKWARD, channels, tiles_per_split)
-        forward = sequence.Plan(SPREAD, 8, 1000, lanes=16) if spread else sequence.Plan(FORWARD, channels, tiles_per_split)
+        threads = sequence.Plan(FORWARD, channels, tiles_per_split)
+        forward = sequence.Plan(SPREAD, spread_channels, 1000, lanes=4) if spread else threads
         monkeypatch.setattr(sequence, "backward_plan", lambda *sizes: backward)
         monkeypatch.setattr(sequence, "forward_plan", lambda *sizes: forward)
 
@@ -79,6 +80,20 @@ def test_states_spread_over_lanes(kernels, plan, sizes, options, softplus):  # n
     batch, dim, length, state = sizes
     check(selective_scan_inputs(batch, dim, length, state, softplus=softplus, device=DEVICE, **options), softplus)
     assert kernels == [SPREAD, BACKWARD]
+
+
+@pytest.mark.parametrize("channels", [16, 24, 32])
+def test_blocks_of_spread_states(kernels, plan, channels):  # noqa: F811
+    plan(spread=True, spread_channels=channels)
+    check(selective_scan_inputs(2, 96, 37, 16, device=DEVICE, dtype=F16))
+    assert kernels == [SPREAD, BACKWARD]
+
+
+@pytest.mark.parametrize(("batch", "channels", "block"), [(8, 384, 24), (1, 384, 8), (1, 40, 8), (32, 768, 32), (3, 352, 8)])
+def test_the_blocks_of_spread_states(batch, channels, block):
+    from visionssm.ops.kernels.sequence import spread_plan
+
+    assert spread_plan(batch, 1, channels, 6085, processors=132).channels == block
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -144,6 +159,8 @@ def test_strided_operands(kernels, plan, state, spread):  # noqa: F811
         (16, 32, 384, 197, SPREAD),
         (16, 256, 384, 197, FORWARD),  # enough channels
         (16, 1, 384, 6085, FORWARD),  # in splits
+        (16, 8, 384, 6085, SPREAD),
+        (16, 8, 388, 6085, FORWARD),
         (8, 1, 384, 197, FORWARD),
         (16, 1, 388, 197, FORWARD),
     ],

@@ -1,0 +1,75 @@
+"""Time the plans of the CUDA C++ forward scan over mamba's layout: `python tools/tune_sequence.py [--out benchmarks/NAME.csv]`.
+
+`selective_scan` with z, D, delta_bias and softplus, 16 states, bfloat16: a thread a channel, and four lanes a channel in blocks of
+several sizes. Every plan's result is compared with that of today's first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from benchmark_ops import graph_times, mamba_case
+from tune_scan import differ
+
+from visionssm.ops.kernels import sequence
+
+SHAPES = [(batch, 384, 6085) for batch in (1, 2, 4, 8, 16, 32, 64)]  # batch, dim, length
+SHAPES += [(batch, 384, 197) for batch in (1, 8, 32, 128)]
+BLOCKS = (8, 16, 24, 32)
+COLUMNS = ("shape", "plan", "difference", "ms", "today")
+TODAY = sequence.forward_plan
+
+
+def plans(batch: int, channels: int, length: int) -> Iterator[sequence.Plan]:
+    """A thread a channel, then lanes that share one."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    yield sequence._thread_plan("sequence_forward", batch, 1, channels, length, processors)
+    spread = sequence.spread_plan(batch, 1, channels, length, processors)
+    for block in BLOCKS:
+        yield sequence.Plan(spread.kernel, block, spread.tiles_per_split, spread.lanes)
+
+
+@torch.no_grad()
+def rows(shape: tuple[int, int, int]) -> Iterator[dict[str, object]]:
+    """Median time of every plan for a shape."""
+    batch, channels, length = shape
+    call = mamba_case(batch, channels, length, 16, torch.bfloat16).providers["csrc"]
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    today = TODAY(16, batch, 1, channels, length, processors)
+    sequence.forward_plan = TODAY
+    expected = call()
+    for plan in plans(*shape):
+        sequence.forward_plan = lambda *sizes, plan=plan: plan
+        difference, time = differ((call(),), (expected,)), statistics.median(graph_times(call))
+        row = {"shape": "x".join(map(str, shape)), "plan": f"{plan.kernel} {plan.channels} channels {plan.tiles_per_split} tiles"}
+        yield row | {"difference": f"{difference:.1e}", "ms": f"{time:.4f}", "today": "*" if plan == today else ""}
+    sequence.forward_plan = TODAY
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/tune_sequence.csv"))
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():  # before the file of an earlier run is emptied
+        sys.exit("tune_sequence: torch sees no CUDA device")
+    warnings.simplefilter("error", RuntimeWarning)  # or Triton would be timed in place of a kernel that does not compile
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for shape in SHAPES:
+            for row in rows(shape):
+                print(*row.values(), flush=True)
+                writer.writerow(row)
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()
