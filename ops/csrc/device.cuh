@@ -168,8 +168,13 @@ DEVICE float softplus(float v, float &u) {
     return p * u + fmaxf(v, 0.f);
 }
 
+// Of a number, what tensor cores read, and the rest.
+DEVICE float first_bits(float v) { return from_bits(bits_of(v) & 0xffffe000u); }
+DEVICE float rest_of(float v) { return v - first_bits(v); }
+
 // Sums over the 32 channels of a warp, of b[t] and c[t] for the T steps, by tensor cores: a product with a column of ones for each step
-// adds up four lanes, and three exchanges add up the eight groups of lanes. Ends in out[0..T-1] (b) and out[T..2T-1] (c).
+// adds up four lanes, and three exchanges add up the eight groups of lanes. The tensor cores read 11 bits of a number, too few where the
+// channels' shares cancel: they are given the rest as well. Ends in out[0..T-1] (b) and out[T..2T-1] (c).
 struct ChannelSums {
     float d[2][4];  // for each half of the tile: b of steps 2 q and 2 q + 1, then c
 
@@ -183,6 +188,7 @@ struct ChannelSums {
     }
     DEVICE void add(int t, float b, float c, float b_before, float c_before, float column, float column_before) {
         multiply_add(d[t / 8], b, c, b_before, c_before, column, column_before);
+        multiply_add(d[t / 8], rest_of(b), rest_of(c), rest_of(b_before), rest_of(c_before), column, column_before);
     }
     DEVICE void write(float *out, int lane) {
         const int g = lane / 4, q = lane % 4;

@@ -17,8 +17,6 @@ struct alignas(16) Shared {  // all twice: one is read while the other is writte
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
 
-DEVICE float first_bits(float v) { return from_bits(bits_of(v) & 0xffffe000u); }  // what tensor cores read of a number
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     const uint16 *u, const uint16 *delta, const uint16 *z, const uint16 *B, const uint16 *C, const float *A, const float *D,
     const float *bias, uint16 *y, float *states, float *last, float *totals, int length, int channels, int groups, int tiles,
@@ -77,8 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
             const float input = v * LN2 * value;
             step[i] = v;
             float *pair = &shared.input[to][0][own][2 * (EACH * q + i)];
-            pair[0] = pair[2 * LANE_ROWS + 1] = first_bits(input);
-            pair[LANE_ROWS] = pair[3 * LANE_ROWS + 1] = input - first_bits(input);
+            pair[0] = pair[2 * LANE_ROWS + 1] = input;
+            pair[LANE_ROWS] = pair[3 * LANE_ROWS + 1] = rest_of(input);
             gates[i] = {skip * value, HAS_Z ? silu(to_float((uint16)raw_z[i])) : 1.f};
         }
         store_four(&shared.step[to][own][EACH * q], step);
@@ -100,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
         for (int i = 0; i < EACH; i++) states[i * channels] = h[i];
         states += N * channels;
         open(1 - now, next_gates);
-        float sums[4] = {0.f, 0.f, 0.f, 0.f}, first = 0.f, rest = 0.f;
+        float sums[4] = {0.f, 0.f, 0.f, 0.f}, before = 0.f;
 #pragma unroll
         for (int t = 0; t < T; t += 4) {
             float step[4], b[4], input[8];
@@ -117,9 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
                 for (int n = 0; n < EACH; n++) h[n] = exp2_fast(step[i] * decay[n]) * h[n] + change[n];
                 const float sum = h[0] * c[0] + h[1] * c[1] + h[2] * c[2] + h[3] * c[3];
                 const float(&column)[2] = columns[(t + i) / 2];
-                if (i % 2) multiply_add(sums, first, first_bits(sum), rest, sum - first_bits(sum), column[0], column[1]);
-                first = first_bits(sum);
-                rest = sum - first;
+                if (i % 2) multiply_add(sums, before, sum, rest_of(before), rest_of(sum), column[0], column[1]);
+                before = sum;
             }
         }
 #pragma unroll

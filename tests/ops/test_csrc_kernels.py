@@ -121,6 +121,26 @@ def test_float16_takes_weights_beyond_its_range(kernels):
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_gradients_that_cancel(kernels, dtype):
+    """Equal channels, but for x, half of which has the other sign and is a hundredth smaller: dB and dC to float32's accuracy."""
+    inputs = cross_selective_scan_inputs(1, (4, 5), 8, 1, ("h", "v"), 3, D=False, dtype=dtype, device=DEVICE)
+    for name in ("A", "dt_weight", "dt_bias"):
+        inputs[name] = inputs[name][:, :1].expand_as(inputs[name]).contiguous()
+    inputs["x"] = inputs["x"][..., :1] * torch.tensor([1.0 + 2.0**-7, -1.0], dtype=dtype, device=DEVICE).repeat(4)
+
+    def gradients(op, tensors, **options):
+        leaves = tensors | {name: tensors[name].clone().requires_grad_() for name in "BC"}
+        return torch.autograd.grad(op(**leaves, **options).sum(), [leaves[name] for name in "BC"])
+
+    paths = ScanPaths(("h", "v"), (4, 5))
+    low, high = (gradients(cross_selective_scan_ref, tensors, paths=paths) for tensors in (inputs, to_float64(inputs)))
+    actual = gradients(cross_selective_scan, inputs, paths=("h", "v"), backend="triton")
+    for name, *results in zip("BC", actual, low, high, strict=True):
+        assert_within_budget(*results, f"d{name}")
+    assert kernels == ["scan_forward", "scan_backward"]
+
+
 @pytest.fixture
 def broken(kernels, monkeypatch):
     """Choose kernels that fail to compile."""

@@ -112,6 +112,24 @@ def test_states_that_cancel(kernels, plan, dtype, spread):  # noqa: F811
     assert kernels == [SPREAD if spread else FORWARD]
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_gradients_that_cancel(kernels, dtype):  # noqa: F811
+    """Equal channels, but for u, half of which has the other sign and is a hundredth smaller: dB and dC to float32's accuracy."""
+    inputs = selective_scan_inputs(1, 8, 37, 16, D=False, z=False, dtype=dtype, device=DEVICE)
+    for name, axis in (("A", 0), ("delta_bias", 0), ("delta", 1)):
+        inputs[name] = inputs[name].narrow(axis, 0, 1).expand_as(inputs[name]).contiguous()
+    inputs["u"] = inputs["u"][:, :1] * torch.tensor([1.0 + 2.0**-7, -1.0], dtype=dtype, device=DEVICE).repeat(4)[:, None]
+
+    def gradients(op, tensors, **options):
+        leaves = tensors | {name: tensors[name].clone().requires_grad_() for name in "BC"}
+        return torch.autograd.grad(op(**leaves, delta_softplus=True, **options).sum(), [leaves[name] for name in "BC"])
+
+    low, high = gradients(selective_scan_ref, inputs), gradients(selective_scan_ref, to_float64(inputs))
+    for name, *results in zip("BC", gradients(selective_scan, inputs, backend="triton"), low, high, strict=True):
+        assert_within_budget(*results, f"d{name}")
+    assert kernels[-1] == BACKWARD
+
+
 @pytest.mark.parametrize("channels", [32, 64, 128])
 def test_blocks(kernels, plan, channels):  # noqa: F811
     plan(channels)
