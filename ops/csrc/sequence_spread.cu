@@ -1,19 +1,19 @@
 // The forward scan over mamba's layout in one pass, where channels are few: four lanes share a channel, four states each.
 //
-// A warp has eight channels: lane 4 g + q scans states 4 q to 4 q + 3 of channel g, and works out delta, delta u and the gates of its
-// steps 4 q to 4 q + 3, and y. Tensor cores make delta u B, of a step, and add up y, over the lanes of a channel. A tile's map values are
+// A warp has eight channels: lane 4 g + q scans states 4 q to 4 q + 3 of channel g, and works out delta, delta u, the gates and y of its
+// steps q, q + 4, q + 8 and q + 12. Tensor cores make delta u B, of a step, and add up y, over the lanes of a channel. A tile's map values are
 // worked out while the tile before it is scanned: a block meets once a tile.
 
 static_assert(N == 16 && T == N && LANES == 4, "a lane has four states, and four steps");
 constexpr int EACH = 4;            // states of a lane, and its steps of a tile
-constexpr int STEP_ROW = T + 4;    // of a channel's steps in shared memory: the channels of a warp do not share a bank
-constexpr int LANE_ROWS = CHANNELS * 2 * STEP_ROW;  // of a lane's operands
-constexpr int STATE_ROW = N + 4;   // of a step's C
+constexpr int STEP_ROW = T + 4;    // of a channel's delta in shared memory; so that lanes do not share a bank, as all of these
+constexpr int INPUT_ROW = 2 * T + 8;
+constexpr int STATE_ROW = N + 4;
 
 struct alignas(16) Shared {  // all twice: one is read while the other is written
     float B[2][N][MATRIX_ROW], C[2][T][STATE_ROW];
-    float step[2][CHANNELS][STEP_ROW];              // delta
-    float input[2][LANES][CHANNELS][2 * STEP_ROW];  // of each lane's operand in the product for delta u B, a pair a step
+    float step[2][CHANNELS][STEP_ROW];                    // delta
+    float input[2][CHANNELS][LANES * INPUT_ROW + 4];  // what each lane gives the product for delta u B, a pair a step
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
 
@@ -27,14 +27,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     const int thread = threadIdx.x, q = thread % LANES, g = thread % 32 / LANES, own = thread / LANES;  // its channel of the block
     const int dim = groups * channels, c = work.k * channels + work.first_channel + own;                // and of all
 
-    u += (long long)work.batch * u_batch + (long long)c * u_row + EACH * q;
-    delta += (long long)work.batch * delta_batch + (long long)c * delta_row + EACH * q;
-    if (HAS_Z) z += (long long)work.batch * z_batch + (long long)c * z_row + EACH * q;
+    u += (long long)work.batch * u_batch + (long long)c * u_row + q;
+    delta += (long long)work.batch * delta_batch + (long long)c * delta_row + q;
+    if (HAS_Z) z += (long long)work.batch * z_batch + (long long)c * z_row + q;
     B = share(B + (long long)work.batch * B_batch + (long long)work.k * B_group, B_row, thread) + thread % T;
     C = share(C + (long long)work.batch * C_batch + (long long)work.k * C_group, C_row, thread) + thread % T;
     const long long path = (long long)work.batch * groups + work.k;
     states += (path * tiles * N + EACH * q) * channels + work.first_channel + own;
-    y += ((long long)work.batch * length + EACH * q) * dim + c;
+    y += ((long long)work.batch * length + q) * dim + c;
 
     float decay[EACH], columns[8][2];
 #pragma unroll
@@ -46,16 +46,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     // the first rows take the products of lanes 0 and 1, the others those of 2 and 3.
     const int row = 4 * (g / 2) + g % 2 + (q & 2);
 
-    for (int e = thread; e < 2 * LANES * LANE_ROWS; e += THREADS) shared.input[0][0][0][e] = 0.f;
+    for (int e = thread; e < (int)(sizeof(shared.input) / sizeof(float)); e += THREADS) (&shared.input[0][0][0])[e] = 0.f;
     __syncthreads();
 
     uint32 raw_u[EACH], raw_delta[EACH], raw_z[EACH], raw_B[MATRIX_READS], raw_C[MATRIX_READS];
     int left = length;  // steps from the tile on that is read next
     auto read = [&]() INLINE {
-        const int most = left - EACH * q - 1;
+        const int most = left - q - 1;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int step = i < most ? i : most;  // beyond the last step that one again
+            const int step = 4 * i < most ? 4 * i : most;  // beyond the last step that one again
             raw_u[i] = u[step];
             raw_delta[i] = delta[step];
             raw_z[i] = HAS_Z ? z[step] : 0;
@@ -66,20 +66,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     };
     // Work out what the tile that was read needs, in `gates` what y of the lane's steps does; read the tile after it.
     auto open = [&](int to, float2 (&gates)[EACH]) INLINE {
-        float step[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
+            const int step = q + 4 * i;
             const float value = to_float((uint16)raw_u[i]);
             float v = step_of(to_float((uint16)raw_delta[i]), own_bias);
-            v = EACH * q + i < left ? v : 0.f;  // a step after the last changes no state
+            v = step < left ? v : 0.f;  // a step after the last changes no state
             const float input = v * LN2 * value;
-            step[i] = v;
-            float *pair = &shared.input[to][0][own][2 * (EACH * q + i)];
-            pair[0] = pair[2 * LANE_ROWS + 1] = input;
-            pair[LANE_ROWS] = pair[3 * LANE_ROWS + 1] = rest_of(input);
+            shared.step[to][own][step] = v;
+            float *pair = &shared.input[to][own][2 * step];
+            pair[0] = pair[2 * INPUT_ROW + 1] = input;
+            pair[INPUT_ROW] = pair[3 * INPUT_ROW + 1] = rest_of(input);
             gates[i] = {skip * value, HAS_Z ? silu(to_float((uint16)raw_z[i])) : 1.f};
         }
-        store_four(&shared.step[to][own][EACH * q], step);
         write_matrix(shared.B[to], raw_B, 1.f, thread);
 #pragma unroll
         for (int i = 0; i < MATRIX_READS; i++) {
@@ -90,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
         u += T, delta += T, z += T, B += T, C += T;
         read();
     };
-    int steps_left = length - EACH * q;  // of the lane, from the tile on that is scanned next
+    int steps_left = length - q;  // of the lane, from the tile on that is scanned next
     float h[EACH] = {0.f, 0.f, 0.f, 0.f};
     float2 gates[EACH], next_gates[EACH];
     auto scan = [&](int now) INLINE {
@@ -98,14 +97,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
         for (int i = 0; i < EACH; i++) states[i * channels] = h[i];
         states += N * channels;
         open(1 - now, next_gates);
-        float sums[4] = {0.f, 0.f, 0.f, 0.f}, before = 0.f;
+        float sums[4] = {0.f, 0.f, 0.f, 0.f}, before[4];
 #pragma unroll
         for (int t = 0; t < T; t += 4) {
             float step[4], b[4], input[8];
             load_four(step, &shared.step[now][own][t]);
             load_four(b, &shared.B[now][row][t]);
-            load_four(input, &shared.input[now][q][own][2 * t]);
-            load_four(input + 4, &shared.input[now][q][own][2 * t + 4]);
+            load_four(input, &shared.input[now][own][q * INPUT_ROW + 2 * t]);
+            load_four(input + 4, &shared.input[now][own][q * INPUT_ROW + 2 * t + 4]);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float c[4], change[4];
@@ -114,15 +113,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
 #pragma unroll
                 for (int n = 0; n < EACH; n++) h[n] = exp2_fast(step[i] * decay[n]) * h[n] + change[n];
                 const float sum = h[0] * c[0] + h[1] * c[1] + h[2] * c[2] + h[3] * c[3];
-                const float(&column)[2] = columns[(t + i) / 2];
-                if (i % 2) multiply_add(sums, before, sum, rest_of(before), rest_of(sum), column[0], column[1]);
-                before = sum;
+                const float(&column)[2] = columns[2 * i + t / 8];
+                if (t % 8) multiply_add(sums, before[i], sum, rest_of(before[i]), rest_of(sum), column[0], column[1]);
+                before[i] = sum;
             }
         }
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {  // the product's rows are the even steps, then the odd ones
+        for (int i = 0; i < EACH; i++) {  // the product's columns are steps t and t + 8 in turns; 4 later in its second eight rows
             const uint16 out = to_map((sums[i / 2 + i % 2 * 2] + gates[i].x) * gates[i].y);
-            if (i < steps_left) y[(long long)i * dim] = out;
+            if (4 * i < steps_left) y[(long long)(4 * i) * dim] = out;
             gates[i] = next_gates[i];
         }
         y += (long long)T * dim;
