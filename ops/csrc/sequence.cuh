@@ -2,7 +2,7 @@
 // macros
 //   N   states of a channel;  HAS_Z  0 or 1
 //   FULL     1 where the channels of a group are a multiple of those of a block
-//   LANES    threads that share a channel: 1, or 4 in sequence_spread.cu
+//   LANES    threads that share a channel: 1, or 8 in sequence_spread.cu
 //   SUMMARY  1 for a pass that finds out only what a split of the sequence hands on: its end from zero, and its sum of delta
 //
 // Rows of a map start anywhere (their length may be odd), so a map is read two bytes a lane, lanes along the steps. What is written,
@@ -10,8 +10,9 @@
 // the loop over states is outside, that over the steps inside: the steps are registers. delta comes times log2(e), and so B times ln(2).
 
 constexpr int CHANNELS = THREADS / LANES;                      // of a block
-constexpr int MATRIX_READS = (N * T + THREADS - 1) / THREADS;  // a thread's share of a tile of B or C; of a map it is T
-constexpr int ROWS = THREADS / T;                              // rows that are read at once
+constexpr int READERS = LANES == 1 ? THREADS : THREADS / 2;    // threads that read
+constexpr int MATRIX_READS = (N * T + READERS - 1) / READERS;  // a reader's share of a tile of B or C; of a map it is T
+constexpr int ROWS = READERS / T;                              // rows that are read at once
 constexpr int MATRIX_ROW = T + 4;  // of B and C in shared memory: the rows that a warp reads at once do not share a bank
 
 struct Work {  // of a block
@@ -43,14 +44,14 @@ DEVICE void read_rows(uint32 (&raw)[COUNT], const uint16 *from, int stride, int 
 }
 
 DEVICE void read_matrix(uint32 (&raw)[MATRIX_READS], const uint16 *from, int stride, int thread) {
-    read_rows<N * T % THREADS == 0>(raw, from, stride, N, thread);
+    read_rows<N * T % READERS == 0>(raw, from, stride, N, thread);
 }
 
 DEVICE void write_matrix(float (&to)[N][MATRIX_ROW], const uint32 (&raw)[MATRIX_READS], float times, int thread) {
 #pragma unroll
     for (int i = 0; i < MATRIX_READS; i++) {
-        const int e = thread + i * THREADS;
-        if (N * T % THREADS == 0 || e < N * T) to[e / T][e % T] = to_float((uint16)raw[i]) * times;
+        const int e = thread + i * READERS;
+        if (N * T % READERS == 0 || e < N * T) to[e / T][e % T] = to_float((uint16)raw[i]) * times;
     }
 }
 

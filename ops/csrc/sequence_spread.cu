@@ -1,11 +1,12 @@
 // The forward scan over mamba's layout in one pass, where channels are few: four lanes share a channel, four states each.
 //
-// A warp has eight channels: lane 4 g + q scans states 4 q to 4 q + 3 of channel g, and works out delta, delta u, the gates and y of its
-// steps q, q + 4, q + 8 and q + 12. Tensor cores make delta u B, of a step, and add up y, over the lanes of a channel. A tile's map values are
-// worked out while the tile before it is scanned: a block meets once a tile.
+// Half of a block's warps scan, eight channels each, the others open: they read a tile, work out its delta and delta u B's shares while
+// the tile before it is scanned, and finish y of the one before that. So the scan waits for nothing but its exponentials. Lane 4 g + q scans
+// states 4 q to 4 q + 3 of channel g, or opens its steps q, q + 4, q + 8 and q + 12. Tensor cores make delta u B, of a step, and add up
+// y, over the lanes of a channel. The warps meet once a tile.
 
-static_assert(N == 16 && T == N && LANES == 4, "a lane has four states, and four steps");
-constexpr int EACH = 4;            // states of a lane, and its steps of a tile
+static_assert(N == 16 && T == N && LANES == 8, "a lane that scans has four states, one that opens four steps");
+constexpr int EACH = 4;            // states of a lane, or its steps of a tile
 constexpr int STEP_ROW = T + 4;    // of a channel's delta in shared memory; so that lanes do not share a bank, as all of these
 constexpr int INPUT_ROW = 2 * T + 8;
 constexpr int STATE_ROW = N + 4;
@@ -13,7 +14,8 @@ constexpr int STATE_ROW = N + 4;
 struct alignas(16) Shared {  // all twice: one is read while the other is written
     float B[2][N][MATRIX_ROW], C[2][T][STATE_ROW];
     float step[2][CHANNELS][STEP_ROW];                    // delta
-    float input[2][CHANNELS][LANES * INPUT_ROW + 4];  // what each lane gives the product for delta u B, a pair a step
+    float input[2][CHANNELS][EACH * INPUT_ROW + 4];       // what each lane gives the product for delta u B, a pair a step
+    float sums[2][CHANNELS][T];                           // y without gate and skip, of steps q, q + 4, ... together
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
 
@@ -24,7 +26,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     int B_group, int B_row, int C_batch, int C_group, int C_row) {
     SHARED(shared);
     const Work work = work_of(channels, groups, 1);
-    const int thread = threadIdx.x, q = thread % LANES, g = thread % 32 / LANES, own = thread / LANES;  // its channel of the block
+    const bool scans = threadIdx.x < READERS;
+    const int thread = threadIdx.x % READERS, q = thread % 4, g = thread % 32 / 4, own = thread / 4;  // its channel of the block
     const int dim = groups * channels, c = work.k * channels + work.first_channel + own;                // and of all
 
     u += (long long)work.batch * u_batch + (long long)c * u_row + q;
@@ -46,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     // the first rows take the products of lanes 0 and 1, the others those of 2 and 3.
     const int row = 4 * (g / 2) + g % 2 + (q & 2);
 
-    for (int e = thread; e < (int)(sizeof(shared.input) / sizeof(float)); e += THREADS) (&shared.input[0][0][0])[e] = 0.f;
+    for (int e = threadIdx.x; e < (int)(sizeof(shared.input) / sizeof(float)); e += THREADS) (&shared.input[0][0][0])[e] = 0.f;
     __syncthreads();
 
     uint32 raw_u[EACH], raw_delta[EACH], raw_z[EACH], raw_B[MATRIX_READS], raw_C[MATRIX_READS];
@@ -82,21 +85,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
         write_matrix(shared.B[to], raw_B, 1.f, thread);
 #pragma unroll
         for (int i = 0; i < MATRIX_READS; i++) {
-            const int e = thread + i * THREADS;
-            if (N * T % THREADS == 0 || e < N * T) shared.C[to][e % T][e / T] = to_float((uint16)raw_C[i]);
+            const int e = thread + i * READERS;
+            if (N * T % READERS == 0 || e < N * T) shared.C[to][e % T][e / T] = to_float((uint16)raw_C[i]);
         }
         left -= T;
         u += T, delta += T, z += T, B += T, C += T;
         read();
     };
-    int steps_left = length - q;  // of the lane, from the tile on that is scanned next
+    int steps_left = length - q;  // of the lane, from the tile on whose y is finished next
+    auto close = [&](int from, const float2 (&gates)[EACH]) INLINE {
+        float sums[EACH];
+        load_four(sums, &shared.sums[from][own][EACH * q]);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const uint16 out = to_map((sums[i] + gates[i].x) * gates[i].y);
+            if (4 * i < steps_left) y[(long long)(4 * i) * dim] = out;
+        }
+        y += (long long)T * dim;
+        steps_left -= T;
+    };
     float h[EACH] = {0.f, 0.f, 0.f, 0.f};
-    float2 gates[EACH], next_gates[EACH];
     auto scan = [&](int now) INLINE {
 #pragma unroll
         for (int i = 0; i < EACH; i++) states[i * channels] = h[i];
         states += N * channels;
-        open(1 - now, next_gates);
         float sums[4] = {0.f, 0.f, 0.f, 0.f}, before[4];
 #pragma unroll
         for (int t = 0; t < T; t += 4) {
@@ -118,24 +130,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
                 before[i] = sum;
             }
         }
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {  // the product's columns are steps t and t + 8 in turns; 4 later in its second eight rows
-            const uint16 out = to_map((sums[i / 2 + i % 2 * 2] + gates[i].x) * gates[i].y);
-            if (4 * i < steps_left) y[(long long)(4 * i) * dim] = out;
-            gates[i] = next_gates[i];
-        }
-        y += (long long)T * dim;
-        steps_left -= T;
-        __syncthreads();
+        // the product's columns are steps t and t + 8 in turns; 4 later in its second eight rows
+        const float ordered[EACH] = {sums[0], sums[2], sums[1], sums[3]};
+        store_four(&shared.sums[now][own][EACH * q], ordered);
     };
-    read();
-    open(0, gates);
-    __syncthreads();
-    for (int tile = 0; tile < tiles; tile += 2) {
-        scan(0);
-        if (tile + 1 < tiles) scan(1);
-    }
+
+    if (scans) {
+        __syncthreads();
+        for (int tile = 0; tile < tiles; tile += 2) {
+            scan(0);
+            __syncthreads();
+            if (tile + 1 < tiles) {
+                scan(1);
+                __syncthreads();
+            }
+        }
 #pragma unroll
-    for (int n = 0; n < EACH; n++)
-        if (LAST) last[((long long)work.batch * dim + c) * N + EACH * q + n] = h[n];
+        for (int n = 0; n < EACH; n++)
+            if (LAST) last[((long long)work.batch * dim + c) * N + EACH * q + n] = h[n];
+    } else {
+        float2 gates[2][EACH];  // of the tile that is scanned and of the next one, in turns
+        read();
+        open(0, gates[0]);
+        __syncthreads();
+        for (int tile = 0; tile < tiles; tile += 2) {
+            if (tile) close(1, gates[1]);
+            open(1, gates[1]);
+            __syncthreads();
+            close(0, gates[0]);
+            if (tile + 1 < tiles) {
+                open(0, gates[0]);
+                __syncthreads();
+            }
+        }
+        if (tiles % 2 == 0) close(1, gates[1]);
+    }
 }

@@ -18,16 +18,16 @@ from .reduce import carry_splits
 STATES = range(4, 33)
 """Numbers of state variables that are served."""
 
-_RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread": 8}
+_RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread": 16}
 """Warps of a kernel on a multiprocessor: what registers have room for."""
 
-_LANES = 4
+_LANES = 8
 """Lanes that sequence_spread gives a channel, of 16 states."""
 
 _SHORT = 1024
 """Steps of a sequence for which a second scan costs more than lanes that stay idle."""
 
-_ENOUGH = 2
+_ENOUGH = 4
 """Warps of sequence_spread on a multiprocessor from which on it is faster than a second scan."""
 
 _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit integers
@@ -205,5 +205,5 @@ def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
         rows, sums, grad = 2 * (STEPS + 8) * channels, 8 * STEPS * n * warps, 4 * (STEPS + 4) * channels
         return (2 + full) * (rows + parameters) + (1 + full) * matrices + full * (grad + sums + 384)
     if kernel == "sequence_spread":
-        return 2 * (2 * matrices + 4 * channels * (9 * STEPS + 40))
+        return 2 * (2 * matrices + 4 * channels * (10 * STEPS + 40))
     return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (channels + 1) + 8 * channels + 16

@@ -22,7 +22,7 @@ def plan(monkeypatch):
 
         backward = sequence.Plan(BACKWARD, channels, tiles_per_split)
         threads = sequence.Plan(FORWARD, channels, tiles_per_split)
-        forward = sequence.Plan(SPREAD, spread_channels, 1000, lanes=4) if spread else threads
+        forward = sequence.Plan(SPREAD, spread_channels, 1000, lanes=8) if spread else threads
         monkeypatch.setattr(sequence, "backward_plan", lambda *sizes: backward)
         monkeypatch.setattr(sequence, "forward_plan", lambda *sizes: forward)
 
