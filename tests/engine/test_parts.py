@@ -62,6 +62,28 @@ def test_weight_decay_groups():
         OptimWrapperConstructor({}, {"norm_decay_mult": 0})
 
 
+def test_muon_gets_matrices_alone():
+    model = ImageClassifier({"model_name": "vmamba_nano", "num_classes": 10})
+    optimizer = {"type": "timm.optim.Muon", "lr": 1e-3, "weight_decay": 0.05}
+    wrapper = OptimWrapperConstructor({"optimizer": optimizer})(model)
+    left = {id(p) for group in wrapper.optimizer.param_groups if group["use_fallback"] for p in group["params"]}
+    names = {name.rpartition("op.")[2] for name, p in model.backbone.named_parameters() if id(p) in left and p.ndim > 1}
+    assert names == {"A_logs", "Ds", "dt_projs_bias"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    wrapper.step()
+    states = {name: set(wrapper.optimizer.state[p]) for name, p in model.named_parameters()}
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+    weight, A = "backbone.layers.0.blocks.0.mlp.fc1.weight", "backbone.layers.0.blocks.0.op.A_logs"
+    assert "momentum_buffer" in states[weight]
+    assert "exp_avg_sq" in states[A]
+    # all singular values of an update are about the same, which no other optimizer here gives
+    change = dict(model.named_parameters())[weight] - before[weight] * (1 - 1e-3 * 0.05)
+    values = torch.linalg.svdvals(change)
+    assert values.max() < 2.5 * values.min()
+
+
 def test_randomness_depends_on_seed_rank_and_epoch_alone():
     def draw(seed, rank, epoch):
         torch.rand(3)

@@ -12,6 +12,7 @@ from mmengine.optim import OptimWrapper as MMEngineOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import OPTIMIZERS
 from timm.models import group_parameters
+from timm.optim import Muon
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -113,6 +114,9 @@ class OptimWrapper(MMEngineOptimWrapper):
 class OptimWrapperConstructor:
     """timm's parameter groups: no weight decay for vectors, biases and what a model's `no_weight_decay()` names.
 
+    With the optimizer `timm.optim.Muon` what is not decayed is left to its AdamW, whatever its shape: A and D of a scan, say, are no
+    matrices to make orthogonal.
+
     Args:
         optim_wrapper_cfg: `type` and arguments of the OptimWrapper, with the `optimizer` in it.
         paramwise_cfg: `decay`, endings of names that are decayed although `no_weight_decay()` names them, as the published
@@ -142,12 +146,17 @@ class OptimWrapperConstructor:
         model = unwrapped(model)
         cfg = dict(self.optim_wrapper_cfg)
         optimizer = dict(cfg.pop("optimizer"))
-        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0))
+        cls = OPTIMIZERS.get(optimizer["type"]) if isinstance(optimizer["type"], str) else optimizer["type"]
+        fallback = isinstance(cls, type) and issubclass(cls, Muon)
+        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), fallback)
         cfg.setdefault("type", "visionssm.OptimWrapper")
         return ROOT_OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": OPTIMIZERS.build(optimizer)})
 
-    def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The groups that learn fastest first: the first one's learning rate is what the logs show."""
+    def groups(self, model: nn.Module, lr: float, weight_decay: float, fallback: bool = False) -> list[dict[str, Any]]:
+        """The groups that learn fastest first: the first one's learning rate is what the logs show.
+
+        With `fallback` the groups say whether a Muon is to leave them to AdamW.
+        """
         excluded = no_weight_decay(model) if self.no_decay is None else self.no_decay
         scales = layer_scales(model, self.layer_decay)
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -161,8 +170,9 @@ class OptimWrapperConstructor:
                 decayed = not named
             groups.setdefault((scales.get(name, 1.0), decayed), []).append(parameter)
         return [
-            {"params": groups[key], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
-            for key in sorted(groups, reverse=True)
+            {"params": groups[scale, decayed], "lr": lr * scale, "weight_decay": weight_decay if decayed else 0.0}
+            | ({"use_fallback": not decayed} if fallback else {})
+            for scale, decayed in sorted(groups, reverse=True)
         ]
 
 
