@@ -12,7 +12,7 @@ failed=0
 python3 -m pytest -q tests/engine/test_gpu.py tests/engine/test_device_decode.py 2>&1 | tee "$out/training_gpu_tests.log" | tail -15 || failed=1
 gpus=$(nvidia-smi --list-gpus | wc -l)
 cores=$(($(env -u OMP_NUM_THREADS nproc) / gpus))  # nproc obeys that variable
-timed=(tools/benchmark_training.py vmamba-tiny-s1l8_8xb128-300e_in1k --compile --real --device-decode --steps "${STEPS:-150}"
+timed=(tools/benchmark_training.py vmamba-tiny-s1l8_8xb128-300e_in1k --compile-mode reduce-overhead --real --device-decode --steps "${STEPS:-150}"
     --out "$out/training_cuda.csv")
 options=(--cfg-options data_root="$data" train_dataloader.num_workers=$cores "$@")
 CUDA_VISIBLE_DEVICES=0 python3 "${timed[@]}" --workers 4 8 $cores --seconds 10 "${options[@]}" || failed=1

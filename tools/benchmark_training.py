@@ -200,18 +200,21 @@ def record(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:
-    """The rates of a file as lines of Markdown."""
-    lines = ["| what | processes | images/s | of the bare step | of as many times one process |", "|---|---:|---:|---:|---:|"]
-    bare = next(float(row["images_per_s"]) for row in rows if row["what"] == "bare step")
+    """The rates of a file as lines of Markdown; a loop's share is that of the bare step before it, compiled alike."""
+    lines = [
+        "| what | torch.compile | processes | images/s | of the bare step | of as many times one process |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    bare: dict[str, float] = {}
     for row in rows:
-        of_bare = f"{float(row['images_per_s']) / bare:.3f}" if row["what"].startswith("loop") and row["processes"] == "1" else ""
-        lines.append(
-            f"| {row['what']} | {row['processes']} | {float(row['images_per_s']):,.0f} | {of_bare} | {row['scaling'] or ''} |"
-        )
+        mode, rate = row["compiled"], float(row["images_per_s"])
+        if row["what"] == "bare step":
+            bare[mode] = rate
+        of_bare = f"{rate / bare[mode]:.3f}" if row["what"].startswith("loop") and row["processes"] == "1" else ""
+        compiled = "" if row["what"].startswith("loader") else mode
+        lines.append(f"| {row['what']} | {compiled} | {row['processes']} | {rate:,.0f} | {of_bare} | {row['scaling'] or ''} |")
     measured = dict.fromkeys(
-        f"`{row['config']}`, {row['batch']} images a process, torch.compile's mode {row['compiled']}; {row['device']}, torch "
-        f"{row['torch']}, {row['date']}"
-        for row in rows
+        f"`{row['config']}`, {row['batch']} images a process; {row['device']}, torch {row['torch']}, {row['date']}" for row in rows
     )
     return [*lines, "", f"Measured with {'; '.join(measured)}: benchmarks/training_cuda.csv."]
 

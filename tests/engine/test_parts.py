@@ -58,17 +58,42 @@ def test_weight_decay_groups():
     assert "backbone.head.bias" in names
     assert "backbone.head.weight" not in names
     assert len(groups[0.0]) + len(groups[0.05]) == len(list(model.parameters()))
-    with pytest.raises(UserError, match=r"paramwise_cfg.norm_decay_mult: expected decay, no_decay, layer_decay"):
+    with pytest.raises(UserError, match=r"paramwise_cfg.norm_decay_mult: expected decay, no_decay, layer_decay, fallback"):
         OptimWrapperConstructor({}, {"norm_decay_mult": 0})
 
 
-def test_muon_gets_matrices_alone():
+@pytest.mark.parametrize(
+    ("given", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": True}, None), ({"type": "RMSprop"}, None)], ids=str
+)
+def test_no_update_waits_for_the_device(given, fused, monkeypatch):
+    """A scaled gradient may have overflowed; the fused step alone finds out on the device."""
+    model = ImageClassifier({"model_name": "test_vit", "num_classes": 10})
+    wrapper = OptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1e-3} | given, "clip_grad": {"max_norm": 1.0}})(model)
+    assert wrapper.optimizer.defaults.get("fused") is fused
+    wrapper.loss_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = model(torch.randn(2, 3, 32, 32)).square().mean()
+    read = []
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda value: read.append(value) or item(value))
+    wrapper.update_params(loss)
+    assert bool(read) is not bool(fused)
+    assert any(not torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+    before = [p.detach().clone() for p in model.parameters()]
+    wrapper.update_params(float("inf") * model(torch.randn(2, 3, 32, 32)).square().mean())
+    assert all(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+    assert wrapper.loss_scaler.get_scale() == 2.0**7
+
+
+@pytest.mark.parametrize("fallback", [(), ("*.head.*", "*.x_proj_weight")])
+def test_muon_gets_matrices_alone(fallback):
     model = ImageClassifier({"model_name": "vmamba_nano", "num_classes": 10})
     optimizer = {"type": "timm.optim.Muon", "lr": 1e-3, "weight_decay": 0.05}
-    wrapper = OptimWrapperConstructor({"optimizer": optimizer})(model)
-    left = {id(p) for group in wrapper.optimizer.param_groups if group["use_fallback"] for p in group["params"]}
-    names = {name.rpartition("op.")[2] for name, p in model.backbone.named_parameters() if id(p) in left and p.ndim > 1}
-    assert names == {"A_logs", "Ds", "dt_projs_bias"}
+    wrapper = OptimWrapperConstructor({"optimizer": optimizer}, {"fallback": fallback})(model)
+    left = {id(p): group["weight_decay"] for group in wrapper.optimizer.param_groups if group["use_fallback"] for p in group["params"]}
+    own = [(name.rpartition("op.")[2], left[id(p)]) for name, p in model.backbone.named_parameters() if id(p) in left and p.ndim > 1]
+    decayed = {("head.fc.weight", 0.05), ("x_proj_weight", 0.05)} if fallback else set()
+    assert set(own) == {("A_logs", 0.0), ("Ds", 0.0), ("dt_projs_bias", 0.0)} | decayed
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.randn_like(p)

@@ -114,22 +114,24 @@ class OptimWrapper(MMEngineOptimWrapper):
 class OptimWrapperConstructor:
     """timm's parameter groups: no weight decay for vectors, biases and what a model's `no_weight_decay()` names.
 
-    With the optimizer `timm.optim.Muon` what is not decayed is left to its AdamW, whatever its shape: A and D of a scan, say, are no
-    matrices to make orthogonal.
+    torch's optimizers make their fused step, where they have one: of all, it alone need not wait for the device in float16, to know
+    whether a gradient has overflowed. `timm.optim.Muon` leaves to its AdamW what is not decayed, whatever its shape: A and D of a
+    scan, say, are no matrices to make orthogonal.
 
     Args:
         optim_wrapper_cfg: `type` and arguments of the OptimWrapper, with the `optimizer` in it.
         paramwise_cfg: `decay`, endings of names that are decayed although `no_weight_decay()` names them, as the published
             training did it; `no_decay`, patterns of the names that are not decayed, in place of timm's rule, as OpenMMLab's
             recipes have it, `decay` still coming first; `layer_decay`, the factor of the learning rate from one layer to the
-            layer before it, in the groups of the backbone's `group_matcher()`.
+            layer before it, in the groups of the backbone's `group_matcher()`; `fallback`, patterns of what else Muon leaves to
+            AdamW.
 
     Raises:
         UserError: another key in `paramwise_cfg`.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
-        known = ("decay", "no_decay", "layer_decay")
+        known = ("decay", "no_decay", "layer_decay", "fallback")
         for key in paramwise_cfg or {}:
             if key not in known:
                 raise UserError(
@@ -140,6 +142,7 @@ class OptimWrapperConstructor:
         self.decay = tuple((paramwise_cfg or {}).get("decay", ()))
         self.no_decay = (paramwise_cfg or {}).get("no_decay")
         self.layer_decay = (paramwise_cfg or {}).get("layer_decay", 1.0)
+        self.fallback = tuple((paramwise_cfg or {}).get("fallback", ()))
 
     def __call__(self, model: nn.Module) -> MMEngineOptimWrapper:
         """Build the optimizer and its wrapper for a model, or for one inside a distributed wrapper."""
@@ -147,19 +150,19 @@ class OptimWrapperConstructor:
         cfg = dict(self.optim_wrapper_cfg)
         optimizer = dict(cfg.pop("optimizer"))
         cls = OPTIMIZERS.get(optimizer["type"]) if isinstance(optimizer["type"], str) else optimizer["type"]
-        fallback = isinstance(cls, type) and issubclass(cls, Muon)
-        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), fallback)
+        is_torchs = isinstance(cls, type) and cls.__module__.startswith("torch.optim.")
+        if is_torchs and "fused" in signature(cls).parameters and "foreach" not in optimizer:
+            optimizer.setdefault("fused", True)
+        is_muon = isinstance(cls, type) and issubclass(cls, Muon)
+        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), is_muon)
         cfg.setdefault("type", "visionssm.OptimWrapper")
         return ROOT_OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": OPTIMIZERS.build(optimizer)})
 
-    def groups(self, model: nn.Module, lr: float, weight_decay: float, fallback: bool = False) -> list[dict[str, Any]]:
-        """The groups that learn fastest first: the first one's learning rate is what the logs show.
-
-        With `fallback` the groups say whether a Muon is to leave them to AdamW.
-        """
+    def groups(self, model: nn.Module, lr: float, weight_decay: float, is_muon: bool = False) -> list[dict[str, Any]]:
+        """The groups that learn fastest first: the first one's learning rate is what the logs show."""
         excluded = no_weight_decay(model) if self.no_decay is None else self.no_decay
         scales = layer_scales(model, self.layer_decay)
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -168,11 +171,12 @@ class OptimWrapperConstructor:
                 decayed = parameter.ndim > 1 and not name.endswith(".bias") and not named
             else:
                 decayed = not named
-            groups.setdefault((scales.get(name, 1.0), decayed), []).append(parameter)
+            orthogonal = is_muon and decayed and not any(fnmatch(name, pattern) for pattern in self.fallback)
+            groups.setdefault((scales.get(name, 1.0), decayed, orthogonal), []).append(parameter)
         return [
-            {"params": groups[scale, decayed], "lr": lr * scale, "weight_decay": weight_decay if decayed else 0.0}
-            | ({"use_fallback": not decayed} if fallback else {})
-            for scale, decayed in sorted(groups, reverse=True)
+            {"params": groups[key], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
+            | ({"use_fallback": not key[2]} if is_muon else {})
+            for key in sorted(groups, reverse=True)
         ]
 
 

@@ -7,7 +7,7 @@ optim_wrapper = dict(
     type="visionssm.OptimWrapper",
     constructor="visionssm.OptimWrapperConstructor",
     dtype="bfloat16",
-    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05, fused=True),
+    optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=1.0),
 )
 auto_scale_lr = dict(enable=True, base_batch_size=512)

@@ -5,9 +5,12 @@ _base_ = "vmamba-nano_cifar10.py"
 
 input_size = 64
 train_dataloader = dict(batch_size=1024)
-train_cfg = dict(max_epochs=180)
+train_cfg = dict(max_epochs=140)
 model = dict(batch_augmentation=dict(shift=8))
-optim_wrapper = dict(optimizer=dict(_delete_=True, type="timm.optim.Muon", lr=4e-3, weight_decay=0.05, nesterov=True))
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type="timm.optim.Muon", lr=4e-3, weight_decay=0.05, nesterov=True),
+    paramwise_cfg=dict(fallback=("*.patch_embed.*", "*.head.*", "*.x_proj_weight", "*.dt_projs_weight")),  # ends, and stacks
+)
 auto_scale_lr = dict(base_batch_size=1024)
 custom_hooks = [
     dict(type="visionssm.DataCheckHook"),
