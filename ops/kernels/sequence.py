@@ -27,7 +27,7 @@ _LANES = 8
 _SHORT = 1024
 """Steps of a sequence for which a second scan costs more than lanes that stay idle."""
 
-_ENOUGH = 4
+_ENOUGH = 8
 """Warps of sequence_spread on a multiprocessor from which on it is faster than a second scan."""
 
 _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit integers

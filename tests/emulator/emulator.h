@@ -1,5 +1,7 @@
 // Runs a CUDA kernel on a CPU, block after block, every thread a fiber: enough of the language for ops/csrc, exact in its
-// synchronisation. A barrier that not every thread reaches, or a collective outside of a whole warp, is reported as a deadlock.
+// synchronisation. The threads of every other block take their turns from the last one down, so that a missing barrier shows
+// whichever of two threads it should hold up. A barrier that not every thread reaches, or a collective outside of a whole warp, is
+// reported as a deadlock.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -69,7 +71,8 @@ static int run_block(int threads) {
     for (std::vector<Copy> &pending : copies) pending.clear();
     for (;;) {
         bool ran = false, done = true;
-        for (current = 0; current < threads; current++) {
+        for (int turn = 0; turn < threads; turn++) {
+            current = blockIdx.x % 2 ? threads - 1 - turn : turn;
             if (fibers[current].state == READY) {
                 threadIdx.x = current;
                 swapcontext(&scheduler, &fibers[current].context);

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 
 from visionssm import config_path
 from visionssm.engine.config import load_config
 from visionssm.engine.runner import Runner
+from visionssm.registry import HOOKS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -32,6 +34,38 @@ def test_mixed_precision_trains_the_nanos(name, dtype, tmp_path):
     assert losses.isfinite().all()
     assert all(parameter.isfinite().all() for parameter in runner.model.parameters())
     assert losses[-10:].mean() < losses[:10].mean() - 0.3
+
+
+@HOOKS.register_module()
+class RefusesToWait(Hook):
+    """From the fourth iteration to the last but one, whatever waits for the device before the next batch is read raises."""
+
+    priority = "LOWEST"
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        torch.cuda.set_sync_debug_mode("error" if 2 < batch_idx < runner.max_iters - 1 else "default")
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_no_iteration_waits_for_the_device(dtype, tmp_path):
+    """But for those in which the logger writes, here the last one alone."""
+    options = {"optim_wrapper.dtype": dtype, "train_cfg.max_epochs": 1, "train_cfg.val_interval": 2}
+    cfg = load_config("vmamba-nano_digits", options)
+    cfg.work_dir = str(tmp_path / "work")
+    cfg.train_dataloader.update(drop_last=True, pin_memory=True)
+    cfg.model.random_erasing = {"probability": 0.25, "mode": "pixel"}
+    cfg.model.mixup = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+    cfg.custom_hooks = [{"type": "visionssm.EMAHook"}, {"type": "visionssm.RefusesToWait"}]
+    cfg.default_hooks.logger.interval = 1000
+    runner = Runner.from_cfg(cfg)
+    try:
+        runner.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert runner.iter == 44
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

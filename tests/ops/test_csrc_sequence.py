@@ -177,8 +177,9 @@ def test_strided_operands(kernels, plan, state, spread):  # noqa: F811
         (16, 32, 384, 197, SPREAD),
         (16, 256, 384, 197, FORWARD),  # enough channels
         (16, 1, 384, 6085, FORWARD),  # in splits
-        (16, 8, 384, 6085, SPREAD),
-        (16, 8, 388, 6085, FORWARD),
+        (16, 8, 384, 6085, FORWARD),
+        (16, 16, 384, 6085, SPREAD),
+        (16, 16, 388, 6085, FORWARD),
         (8, 1, 384, 197, FORWARD),
         (16, 1, 388, 197, FORWARD),
     ],
