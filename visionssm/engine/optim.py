@@ -15,6 +15,7 @@ from timm.models import group_parameters
 from timm.optim import Muon
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adam
 
 from visionssm.errors import UserError, did_you_mean
 from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
@@ -114,8 +115,8 @@ class OptimWrapper(MMEngineOptimWrapper):
 class OptimWrapperConstructor:
     """timm's parameter groups: no weight decay for vectors, biases and what a model's `no_weight_decay()` names.
 
-    torch's optimizers make their fused step, where they have one: of all, it alone need not wait for the device in float16, to know
-    whether a gradient has overflowed. `timm.optim.Muon` leaves to its AdamW what is not decayed, whatever its shape: A and D of a
+    torch's Adam, AdamW and SGD make their fused step: it alone need not wait for the device in float16, to know whether a gradient
+    has overflowed. `timm.optim.Muon` leaves to its AdamW what is not decayed, whatever its shape: A and D of a
     scan, say, are no matrices to make orthogonal.
 
     Args:
@@ -149,12 +150,12 @@ class OptimWrapperConstructor:
         model = unwrapped(model)
         cfg = dict(self.optim_wrapper_cfg)
         optimizer = dict(cfg.pop("optimizer"))
-        cls = OPTIMIZERS.get(optimizer["type"]) if isinstance(optimizer["type"], str) else optimizer["type"]
-        is_torchs = isinstance(cls, type) and cls.__module__.startswith("torch.optim.")
-        if is_torchs and "fused" in signature(cls).parameters and "foreach" not in optimizer:
+        kind = optimizer.get("type")
+        kind = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+        cls = kind if isinstance(kind, type) else object  # mmengine says what it cannot build
+        if issubclass(cls, (Adam, SGD)) and "foreach" not in optimizer:
             optimizer.setdefault("fused", True)
-        is_muon = isinstance(cls, type) and issubclass(cls, Muon)
-        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), is_muon)
+        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), issubclass(cls, Muon))
         cfg.setdefault("type", "visionssm.OptimWrapper")
         return ROOT_OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": OPTIMIZERS.build(optimizer)})
 
