@@ -159,6 +159,13 @@ def test_bad_evaluations():
             lambda: explain.perturbation_auc(Brightness(), [(LOADER[0][0], LOADER[0][1][:, None])], left_first),
             r"loader: expected labels \(2,\), one for each image, got \(2, 1\)",
         ),
+        *(
+            (
+                lambda wrong=wrong: explain.perturbation_auc(Brightness(), [(LOADER[0][0], torch.tensor([0, wrong]))], left_first),
+                f"loader: got labels from {min(0, wrong)} to {max(0, wrong)}, expected 0 to 1",
+            )
+            for wrong in (2, -1)
+        ),
         (lambda: explain.segmentation_scores(Brightness(), [], left_first), "loader: gave no images"),
         (lambda: explain.segmentation_scores(Brightness(), LOADER, left_first), r"loader: expected masks \(2, 1, 10\) of bool"),
         (

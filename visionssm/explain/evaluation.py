@@ -77,7 +77,8 @@ def perturbation_auc(
         The accuracy against the labels at 10 %, 20 %, ..., 90 %, and the area under it, divided by its width.
 
     Raises:
-        UserError: an unknown method, mode or class to explain, no images, not one label for each.
+        UserError: an unknown method, mode or class to explain, no images, not one label for each, a label that is none of the
+            model's classes.
     """
     for name, value, known in (("mode", mode, ("positive", "negative")), ("explained", explained, ("predicted", "label"))):
         if value not in known:
@@ -96,7 +97,10 @@ def perturbation_auc(
             masked = images.flatten(2).clone()
             masked.scatter_(2, order[:, None, : round(fraction * order.shape[1])].expand(-1, images.shape[1], -1), fill)
             with torch.no_grad():
-                correct[i] += (model(masked.view_as(images)).argmax(1) == labels).sum()
+                logits = model(masked.view_as(images))
+            if i == 0 and not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+                raise UserError(f"loader: got labels from {labels.min()} to {labels.max()}, expected 0 to {logits.shape[1] - 1}")
+            correct[i] += (logits.argmax(1) == labels).sum()
         total += len(images)
     if not total:
         raise UserError("loader: gave no images")
