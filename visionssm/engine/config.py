@@ -185,6 +185,8 @@ def _check_arguments(path: str, node: Mapping, scope: str | None) -> None:
         if not found and prefix in ("", registry.SCOPE):  # others are of packages that may be missing here
             known = [*_own_types(), *(name for searched in _REGISTRIES for name in searched.module_dict)]
             raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], known)}")
+        if not found and (known := _content(prefix)):
+            raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], known)}")
         candidates = [parameters for cls in found if (parameters := _parameters(cls)) is not None]
         if not candidates:
             return
@@ -204,6 +206,16 @@ def _own_types() -> list[str]:
     """All names that this package registers."""
     registries = [value for value in vars(registry).values() if isinstance(value, registry.Registry)]
     return [f"{registry.SCOPE}.{name}" for own in registries for name in own.module_dict]
+
+
+def _content(module: str) -> list[str]:
+    """What can be had from a module inside a package, with its dotted path; nothing where it is not installed."""
+    if "." not in module:  # a package, whose name may be a scope of registries
+        return []
+    try:
+        return [f"{module}.{name}" for name in vars(import_module(module))]
+    except ImportError:
+        return []
 
 
 def _resolve(name: str) -> list[Callable]:

@@ -146,13 +146,19 @@ class OptimWrapperConstructor:
         self.fallback = tuple((paramwise_cfg or {}).get("fallback", ()))
 
     def __call__(self, model: nn.Module) -> MMEngineOptimWrapper:
-        """Build the optimizer and its wrapper for a model, or for one inside a distributed wrapper."""
+        """Build the optimizer and its wrapper for a model, or for one inside a distributed wrapper.
+
+        Raises:
+            UserError: torch's own Muon, which would refuse most of a model's parameters.
+        """
         model = unwrapped(model)
         cfg = dict(self.optim_wrapper_cfg)
         optimizer = dict(cfg.pop("optimizer"))
         kind = optimizer.get("type")
         kind = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
         cls = kind if isinstance(kind, type) else object  # mmengine says what it cannot build
+        if cls is getattr(torch.optim, "Muon", None):
+            raise UserError("optim_wrapper.optimizer.type: torch's Muon takes matrices alone; expected 'timm.optim.Muon'")
         if issubclass(cls, (Adam, SGD)) and "foreach" not in optimizer:
             optimizer.setdefault("fused", True)
         optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), issubclass(cls, Muon))
