@@ -49,6 +49,7 @@ class RefusesToWait(Hook):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # that it is a prototype
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_no_iteration_waits_for_the_device(dtype, tmp_path):
     """But for those in which the logger writes, here the last one alone."""

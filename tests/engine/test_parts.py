@@ -1,5 +1,6 @@
 """Metric, optimizer groups, randomness, registry, shipped configs."""
 
+import copy
 import random
 import subprocess
 import sys
@@ -83,6 +84,35 @@ def test_no_update_waits_for_the_device(given, fused, monkeypatch):
     wrapper.update_params(float("inf") * model(torch.randn(2, 3, 32, 32)).square().mean())
     assert all(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
     assert wrapper.loss_scaler.get_scale() == 2.0**7
+
+
+@pytest.mark.parametrize("stored", [{"fused": False}, {"foreach": True}, {}], ids=str)
+@pytest.mark.parametrize("own", [{"fused": False}, {}], ids=str)
+def test_a_resumed_optimizer_keeps_its_own_kernels(stored, own):
+    """A checkpoint of a run with others loads, also in float16, whose overflows only the fused step finds itself."""
+    wrappers, models = [], []
+    for given in (stored, own):
+        models.append(ImageClassifier({"model_name": "test_vit", "num_classes": 10}))
+        build = OptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1e-3} | given})
+        wrappers.append(build(models[-1]))
+        wrappers[-1].loss_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    images = torch.randn(2, 3, 32, 32)
+    wrappers[0].update_params(models[0](images).square().mean())
+    models[1].load_state_dict(models[0].state_dict())
+    wrappers[1].load_state_dict(copy.deepcopy(wrappers[0].state_dict()))
+    assert all(group["fused"] is own.get("fused", True) for group in wrappers[1].optimizer.param_groups)
+    for wrapper, model in zip(wrappers, models, strict=True):
+        wrapper.update_params(model(images).square().mean())
+    for first, second in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fallback_of_muon_is_checked():
+    with pytest.raises(UserError, match=r"fallback: got '\*.head.\*', expected a tuple of patterns"):
+        OptimWrapperConstructor({}, {"fallback": "*.head.*"})
+    build = OptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1e-3}}, {"fallback": ("*.head.*",)})
+    with pytest.raises(UserError, match=r"fallback: is for timm\.optim\.Muon, got the optimizer 'AdamW'"):
+        build(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("fallback", [(), ("*.head.*", "*.x_proj_weight")])

@@ -209,12 +209,12 @@ def _own_types() -> list[str]:
 
 
 def _content(module: str) -> list[str]:
-    """What can be had from a module inside a package, with its dotted path; nothing where it is not installed."""
+    """What can be had from a module inside a package, with its dotted path; nothing where it cannot be imported."""
     if "." not in module:  # a package, whose name may be a scope of registries
         return []
     try:
         return [f"{module}.{name}" for name in vars(import_module(module))]
-    except ImportError:
+    except Exception:  # whatever a package raises that does not work here; mmengine passes over it too
         return []
 
 

@@ -94,17 +94,13 @@ class RuntimeInfoHook(MMEngineRuntimeInfoHook):
 class WeightAverage(ExponentialMovingAverage):
     """mmengine's, in a few kernels for all weights together instead of one for each."""
 
-    tensors: tuple[list[torch.Tensor], ...] = ()
-
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Move the average towards the model's weights, at the first call onto them; copy its buffers."""
-        if not self.tensors:  # a walk through all modules takes the processor as long as the update
-            self.tensors = tuple(list(find()) for m in (self.module, model) for find in (m.parameters, m.buffers))
-        averages, average_buffers, weights, buffers = self.tensors
+        sources, averages = list(model.parameters()), list(self.module.parameters())
         with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, self.momentum if self.steps else 1.0)
-            for average, buffer in zip(average_buffers, buffers, strict=True):
-                average.copy_(buffer)
+            torch._foreach_lerp_(averages, sources, self.momentum if self.steps else 1.0)
+            for average, source in zip(self.module.buffers(), model.buffers(), strict=True):
+                average.copy_(source)
         self.steps += 1
 
 

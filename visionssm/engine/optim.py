@@ -15,7 +15,7 @@ from timm.models import group_parameters
 from timm.optim import Muon
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, Adam
+from torch.optim import Adam, AdamW
 
 from visionssm.errors import UserError, did_you_mean
 from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
@@ -108,15 +108,23 @@ class OptimWrapper(MMEngineOptimWrapper):
         scaler = state_dict.pop("loss_scaler", {})
         if scaler and self.loss_scaler.is_enabled():
             self.loss_scaler.load_state_dict(scaler)
+        if "param_groups" in state_dict:  # those of one optimizer; mmengine stores them as the optimizer does
+            state_dict = with_own_kernels(self.optimizer, state_dict)
         super().load_state_dict(state_dict)
+
+
+def with_own_kernels(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's stored state, but to go on with the kernels that `optimizer` was built with: a run may have had others."""
+    own = {name: optimizer.defaults[name] for name in ("fused", "foreach") if name in optimizer.defaults}
+    return {**state_dict, "param_groups": [{**group, **own} for group in state_dict["param_groups"]]}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class OptimWrapperConstructor:
     """timm's parameter groups: no weight decay for vectors, biases and what a model's `no_weight_decay()` names.
 
-    torch's Adam, AdamW and SGD make their fused step: it alone need not wait for the device in float16, to know whether a gradient
-    has overflowed. `timm.optim.Muon` leaves to its AdamW what is not decayed, whatever its shape: A and D of a
+    torch's Adam and AdamW make their fused step: it alone need not wait for the device in float16, to know whether a gradient has
+    overflowed. `timm.optim.Muon` leaves to its AdamW (NAdamW with `nesterov`) what is not decayed, whatever its shape: A and D of a
     scan, say, are no matrices to make orthogonal.
 
     Args:
@@ -128,7 +136,7 @@ class OptimWrapperConstructor:
             AdamW.
 
     Raises:
-        UserError: another key in `paramwise_cfg`.
+        UserError: another key in `paramwise_cfg`, or one pattern as `fallback` where several are expected.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
@@ -143,24 +151,28 @@ class OptimWrapperConstructor:
         self.decay = tuple((paramwise_cfg or {}).get("decay", ()))
         self.no_decay = (paramwise_cfg or {}).get("no_decay")
         self.layer_decay = (paramwise_cfg or {}).get("layer_decay", 1.0)
-        self.fallback = tuple((paramwise_cfg or {}).get("fallback", ()))
+        self.fallback = (paramwise_cfg or {}).get("fallback", ())
+        if isinstance(self.fallback, str):
+            raise UserError(f"optim_wrapper.paramwise_cfg.fallback: got {self.fallback!r}, expected a tuple of patterns")
 
     def __call__(self, model: nn.Module) -> MMEngineOptimWrapper:
         """Build the optimizer and its wrapper for a model, or for one inside a distributed wrapper.
 
         Raises:
-            UserError: torch's own Muon, which would refuse most of a model's parameters.
+            UserError: torch's own Muon, which would refuse most of a model's parameters; `fallback` with another optimizer.
         """
         model = unwrapped(model)
         cfg = dict(self.optim_wrapper_cfg)
         optimizer = dict(cfg.pop("optimizer"))
         kind = optimizer.get("type")
-        kind = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
-        cls = kind if isinstance(kind, type) else object  # mmengine says what it cannot build
+        cls = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+        cls = cls if isinstance(cls, type) else object  # mmengine says what it cannot build
         if cls is getattr(torch.optim, "Muon", None):
             raise UserError("optim_wrapper.optimizer.type: torch's Muon takes matrices alone; expected 'timm.optim.Muon'")
-        if issubclass(cls, (Adam, SGD)) and "foreach" not in optimizer:
+        if cls in (Adam, AdamW) and not {"foreach", "differentiable"} & optimizer.keys():
             optimizer.setdefault("fused", True)
+        if self.fallback and not issubclass(cls, Muon):
+            raise UserError(f"optim_wrapper.paramwise_cfg.fallback: is for timm.optim.Muon, got the optimizer {kind!r}")
         optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), issubclass(cls, Muon))
         cfg.setdefault("type", "visionssm.OptimWrapper")
         return ROOT_OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": OPTIMIZERS.build(optimizer)})

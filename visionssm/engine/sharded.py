@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from visionssm.errors import UserError
 from visionssm.registry import STRATEGIES
 
+from .optim import with_own_kernels
 from .runner import Runner, explained_loading, quiet, written_whole
 
 _WHOLE = StateDictOptions(full_state_dict=True)
@@ -79,7 +80,8 @@ class ShardedStrategy(DDPStrategy):
     def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Spread what `optim_state_dict` gave."""
         wrapper = self.optim_wrapper
-        set_optimizer_state_dict(self.model, wrapper.optimizer, state_dict["optimizer"], options=_WHOLE)
+        state = with_own_kernels(wrapper.optimizer, state_dict["optimizer"])
+        set_optimizer_state_dict(self.model, wrapper.optimizer, state, options=_WHOLE)
         if wrapper.loss_scaler.is_enabled():
             wrapper.loss_scaler.load_state_dict(state_dict["loss_scaler"])
 
