@@ -8,12 +8,13 @@
 // Rows of a map start anywhere (their length may be odd), so a map is read two bytes a lane, lanes along the steps. What is written,
 // channels-last, is stored two bytes a lane as well, lanes along the channels. The scan runs in tiles of T steps. With a channel a thread,
 // the loop over states is outside, that over the steps inside: the steps are registers. delta comes times log2(e), and so B times ln(2).
+// sequence_spread.cu says how it differs.
 
 constexpr int CHANNELS = THREADS / LANES;                      // of a block
 constexpr int READERS = LANES == 1 ? THREADS : THREADS / 2;    // threads that read
 constexpr int MATRIX_READS = (N * T + READERS - 1) / READERS;  // a reader's share of a tile of B or C; of a map it is T
 constexpr int ROWS = READERS / T;                              // rows that are read at once
-constexpr int MATRIX_ROW = T + 4;  // of B and C in shared memory: the rows that a warp reads at once do not share a bank
+constexpr int MATRIX_ROW = T + 4;  // of a matrix in shared memory: the rows that a warp reads at once do not share a bank
 
 struct Work {  // of a block
     int k, split, batch;
@@ -69,7 +70,7 @@ DEVICE float step_of(float delta, float bias) {
 
 DEVICE float silu(float v) { return v * reciprocal(1.f + exp2_fast(v * -LOG2E)); }
 
-// Four steps of a row of B or C.
+// Four numbers side by side, from a multiple of 16 bytes.
 DEVICE void load_four(float *to, const float *from) {
     const float4 v = *(const float4 *)from;
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;

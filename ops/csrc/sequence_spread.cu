@@ -7,7 +7,7 @@
 
 static_assert(N == 16 && T == N && LANES == 8, "a lane that scans has four states, one that opens four steps");
 constexpr int EACH = 4;            // states of a lane, or its steps of a tile
-constexpr int STEP_ROW = T + 4;    // of a channel's delta in shared memory; so that lanes do not share a bank, as all of these
+constexpr int STEP_ROW = T + 4;    // of a channel's delta in shared memory; so that lanes that read do not share a bank, as all of these
 constexpr int INPUT_ROW = 2 * T + 8;
 constexpr int STATE_ROW = N + 4;
 

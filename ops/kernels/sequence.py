@@ -22,7 +22,7 @@ _RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread":
 """Warps of a kernel on a multiprocessor: what registers have room for."""
 
 _LANES = 8
-"""Lanes that sequence_spread gives a channel, of 16 states."""
+"""Threads that sequence_spread gives a channel of 16 states: four lanes that scan, four that read ahead."""
 
 _SHORT = 1024
 """Steps of a sequence for which a second scan costs more than lanes that stay idle."""

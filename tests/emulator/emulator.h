@@ -14,7 +14,9 @@
 #define EMULATED
 #define DEVICE inline
 #define __global__
-#define SHARED(name) static Shared name
+#define SHARED(name)     \
+    static Shared name;  \
+    if (emulator::begins()) std::memset((void *)&name, 0xff, sizeof name)  // NaN, as no block may rely on another's
 #define __launch_bounds__(...)
 
 struct Index { int x; };
@@ -57,7 +59,14 @@ static bool release(int first, int count, State state) {
     for (int i = first; i < first + count; i++) fibers[i].state = READY;
     return true;
 }
+static bool first_thread;
+static bool begins() {  // whether no thread of the block has yet run
+    const bool first = first_thread;
+    first_thread = false;
+    return first;
+}
 static int run_block(int threads) {
+    first_thread = true;
     fibers.resize(threads);
     for (Fiber &fiber : fibers) {
         fiber.stack.resize(1 << 18);
