@@ -11,7 +11,7 @@ import csv
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -118,9 +118,22 @@ def rows(stage: int, case: CudaCase, times: Callable[[Callable[[], object]], lis
                 row |= {"difference": f"{differ(call(), expected):.1e}", "ms": f"{statistics.median(times(call)):.4f}"}
             except (RuntimeError, RuntimeWarning) as error:
                 row |= {"difference": "", "ms": str(error).splitlines()[0][:120]}
-            print(*row.values(), flush=True)
             yield row
     serve("", None)
+
+
+def write_rows(out: Path, columns: Sequence[str], rows: Iterable[dict[str, object]]) -> None:
+    """Each row as soon as it is measured, to the file and the terminal."""
+    if not torch.cuda.is_available():  # before the file of an earlier run is emptied
+        sys.exit(f"{Path(sys.argv[0]).stem}: torch sees no CUDA device")
+    warnings.simplefilter("error", RuntimeWarning)  # or Triton would be timed in place of a kernel that does not compile
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            print(*row.values(), flush=True)
+            writer.writerow(row)
+            file.flush()
 
 
 def main() -> None:
@@ -130,16 +143,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/tune_scan.csv"))
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():  # before the file of an earlier run is emptied
-        sys.exit("tune_scan: torch sees no CUDA device")
-    warnings.simplefilter("error", RuntimeWarning)  # or Triton would be timed in place of a kernel that does not compile
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for stage in arguments.stages:
-            for row in rows(stage, ss2d_case(arguments.batch, *SS2D_STAGES[stage - 1], torch.bfloat16), graph_times):
-                writer.writerow(row)
-                file.flush()
+    cases = ((stage, ss2d_case(arguments.batch, *SS2D_STAGES[stage - 1], torch.bfloat16)) for stage in arguments.stages)
+    write_rows(arguments.out, COLUMNS, (row for stage, case in cases for row in rows(stage, case, graph_times)))
 
 
 if __name__ == "__main__":

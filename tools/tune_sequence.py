@@ -7,16 +7,13 @@ several sizes. Every plan's result is compared with that of today's first.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from benchmark_ops import graph_times, mamba_case
-from tune_scan import differ
+from tune_scan import differ, write_rows
 
 from visionssm.ops.kernels import sequence
 
@@ -58,17 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/tune_sequence.csv"))
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():  # before the file of an earlier run is emptied
-        sys.exit("tune_sequence: torch sees no CUDA device")
-    warnings.simplefilter("error", RuntimeWarning)  # or Triton would be timed in place of a kernel that does not compile
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for shape in SHAPES:
-            for row in rows(shape):
-                print(*row.values(), flush=True)
-                writer.writerow(row)
-                file.flush()
+    write_rows(arguments.out, COLUMNS, (row for shape in SHAPES for row in rows(shape)))
 
 
 if __name__ == "__main__":

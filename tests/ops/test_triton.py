@@ -189,12 +189,13 @@ def test_the_kernels_can_be_turned_off(monkeypatch):
     assert not cuda.enabled(torch.device("cuda", 0))
 
 
-def test_the_tuner_keeps_its_last_results_where_there_is_no_gpu(tmp_path):
+@pytest.mark.parametrize("tuner", ["tune_scan", "tune_sequence"])
+def test_a_tuner_keeps_its_last_results_where_there_is_no_gpu(tuner, tmp_path):
     pytest.importorskip("triton")
-    out = tmp_path / "tune_scan.csv"
+    out = tmp_path / f"{tuner}.csv"
     out.write_text("an earlier run")
-    command = [sys.executable, str(Path(__file__).parents[2] / "tools" / "tune_scan.py"), "--out", str(out)]
+    command = [sys.executable, str(Path(__file__).parents[2] / "tools" / f"{tuner}.py"), "--out", str(out)]
     run = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert run.stderr == "tune_scan: torch sees no CUDA device\n"
+    assert run.stderr == f"{tuner}: torch sees no CUDA device\n"
     assert out.read_text() == "an earlier run"

@@ -182,10 +182,7 @@ def _check_arguments(path: str, node: Mapping, scope: str | None) -> None:
         ):  # mmdet and mmseg have types outside of registries, and arguments their builders take
             return
         found = _resolve(node["type"])
-        if not found and prefix in ("", registry.SCOPE):  # others are of packages that may be missing here
-            known = [*_own_types(), *(name for searched in _REGISTRIES for name in searched.module_dict)]
-            raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], known)}")
-        if not found and (known := _content(prefix)):
+        if not found and (known := _names_like(prefix)):
             raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], known)}")
         candidates = [parameters for cls in found if (parameters := _parameters(cls)) is not None]
         if not candidates:
@@ -208,12 +205,14 @@ def _own_types() -> list[str]:
     return [f"{registry.SCOPE}.{name}" for own in registries for name in own.module_dict]
 
 
-def _content(module: str) -> list[str]:
-    """What can be had from a module inside a package, with its dotted path; nothing where it cannot be imported."""
-    if "." not in module:  # a package, whose name may be a scope of registries
+def _names_like(prefix: str) -> list[str]:
+    """All types that a name with this prefix could mean: of the registries, or of a module; none where that cannot be told."""
+    if prefix in ("", registry.SCOPE):
+        return [*_own_types(), *(name for searched in _REGISTRIES for name in searched.module_dict)]
+    if "." not in prefix:  # another scope, or a package of that name, which may be missing here
         return []
     try:
-        return [f"{module}.{name}" for name in vars(import_module(module))]
+        return [f"{prefix}.{name}" for name in vars(import_module(prefix))]
     except Exception:  # whatever a package raises that does not work here; mmengine passes over it too
         return []
 

@@ -108,9 +108,7 @@ class OptimWrapper(MMEngineOptimWrapper):
         scaler = state_dict.pop("loss_scaler", {})
         if scaler and self.loss_scaler.is_enabled():
             self.loss_scaler.load_state_dict(scaler)
-        if "param_groups" in state_dict:  # those of one optimizer; mmengine stores them as the optimizer does
-            state_dict = with_own_kernels(self.optimizer, state_dict)
-        super().load_state_dict(state_dict)
+        super().load_state_dict(with_own_kernels(self.optimizer, state_dict))
 
 
 def with_own_kernels(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
