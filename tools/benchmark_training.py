@@ -210,7 +210,8 @@ def table(rows: list[dict[str, str]]) -> list[str]:
         mode, rate = row["compiled"], float(row["images_per_s"])
         if row["what"] == "bare step":
             bare[mode] = rate
-        of_bare = f"{rate / bare[mode]:.3f}" if row["what"].startswith("loop") and row["processes"] == "1" else ""
+        alone = row["what"].startswith("loop") and row["processes"] == "1" and mode in bare
+        of_bare = f"{rate / bare[mode]:.3f}" if alone else ""
         compiled = "" if row["what"].startswith("loader") else mode
         lines.append(f"| {row['what']} | {compiled} | {row['processes']} | {rate:,.0f} | {of_bare} | {row['scaling'] or ''} |")
     measured = dict.fromkeys(

@@ -1,8 +1,9 @@
 """Put our own weights into the package: `python tools/ship_weights.py FOLDER...`, folders that tools/benchmark_cifar10.py wrote.
 
-Copies `<model>.cifar10.safetensors` to visionssm/weights/files/ and the tables, put together, to benchmarks/ and
-docs/training.md, enters each file in visionssm/weights/checkpoints.json with its hash and its measured accuracy, and writes the
-model cards. Of a model in several folders, and of a config in several tables, the last counts; runs that were cut short do not.
+Copies `<model>.cifar10.safetensors`, of a recipe that enlarges its images `<model>.cifar10_64px.safetensors`, to
+visionssm/weights/files/ and the tables, put together, to benchmarks/ and docs/training.md, enters each file in
+visionssm/weights/checkpoints.json with its hash and its measured accuracy, and writes the model cards. Of a file in several
+folders, and of a config in several tables, the last counts; runs that were cut short do not.
 Run again with other files, it replaces what it has written.
 """
 
@@ -22,9 +23,28 @@ from document_sections import replace_sections
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "visionssm" / "weights" / "checkpoints.json"
 FILES = ROOT / "visionssm" / "weights" / "files"
-TAG = "cifar10"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # sorted, as folders are
 LICENSE = "The weights are ours, under the package's licence; the images they were trained on are for research."
+
+
+def tag_of(config: str) -> str:
+    """What the weights of a recipe are called after the model's name."""
+    from visionssm.engine.config import load_config
+
+    size = load_config(config).input_size
+    return "cifar10" if size == 32 else f"cifar10_{size}px"
+
+
+def preprocessing(config: str) -> dict[str, Any]:
+    """How the recipe makes its test images, in the words of timm's configs."""
+    from visionssm.engine.config import load_config
+
+    recipe = load_config(config)
+    transform = recipe.test_dataloader.dataset.dataset.get("transform", {})
+    return {
+        "input_size": [3, recipe.input_size, recipe.input_size],
+        "interpolation": transform.get("interpolation", "bilinear"),  # as timm's create_transform has it
+    }
 
 
 def entry(file: Path, measured: dict[str, str]) -> dict[str, Any]:
@@ -36,20 +56,23 @@ def entry(file: Path, measured: dict[str, str]) -> dict[str, Any]:
     with safe_open(file, "pt") as content:
         half = {content.get_slice(name).get_dtype() for name in content.keys()} <= {"F16", "I64"}  # noqa: SIM118  no mapping
     model = measured["model"]
+    images = preprocessing(measured["config"])
+    top1 = float(measured["accuracy_float16" if half else "accuracy"])
     return {
         "family": "local_mamba" if model.startswith("local") else model.split("_")[0],
         "model": model,
-        "tag": TAG,
+        "tag": tag_of(measured["config"]),
         "task": "classification",
         "url": f"package://{file.name}",
         "size_mb": round(file.stat().st_size / 1e6, 1),
         "sha256": sha256_of(file),
-        "reported": {"input": 32, "top1": round(float(measured["accuracy_float16" if half else "accuracy"]), 2)},
+        "reported": {"input": images["input_size"][-1], "top1": round(top1, 2)},
         "config": f"configs/classification/{measured['config']}.py",
         "notes": [
             f"Trained on CIFAR-10 for {measured['epochs']} epochs; the moving average of the weights after the last one"
             f"{', rounded to float16' if half else ''}."
         ],
+        "preprocessing": images,
         "classes": CLASSES,
         "license": "apache-2.0",
         "license_note": LICENSE,
@@ -66,15 +89,15 @@ def read_table(folder: Path) -> tuple[Path, list[dict[str, str]]]:
 
 
 def weights(folder: Path, rows: list[dict[str, str]]) -> dict[str, tuple[Path, dict[str, str]]]:
-    """By model: the file in a folder, and the row of its run, the first seed's."""
+    """By name: the file in a folder, and the row of its run, the first seed's."""
     found: dict[str, tuple[Path, dict[str, str]]] = {}
     for measured in rows:
-        file = folder / f"{measured['model']}.{TAG}.safetensors"
-        if not file.exists() or measured["model"] in found:  # a peer, or another seed
+        file = folder / f"{measured['model']}.{tag_of(measured['config'])}.safetensors"
+        if not file.exists() or file.name in found:  # a peer, or another seed
             continue
         if measured["status"] != "finished":
             sys.exit(f"{folder}: the run of {measured['model']} has the status {measured['status']!r}, expected 'finished'")
-        found[measured["model"]] = file, measured
+        found[file.name] = file, measured
     if not found:
         sys.exit(f"FOLDER: {folder} holds no weights of a model in its table")
     return found
@@ -113,7 +136,7 @@ def main() -> None:
     replaced = {(row["model"], row["tag"]) for row in entries}
     content["checkpoints"] = [row for row in content["checkpoints"] if (row["model"], row["tag"]) not in replaced] + entries
     TABLE.write_text(json.dumps(content, indent=1) + "\n")
-    replace_sections(ROOT / "docs" / "training.md", {TAG: document(list(runs.values()))})
+    replace_sections(ROOT / "docs" / "training.md", {"cifar10": document(list(runs.values()))})
     subprocess.run([sys.executable, str(ROOT / "tools" / "make_model_cards.py")], check=True)
 
 

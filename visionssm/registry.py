@@ -50,6 +50,7 @@ FUNCTIONS = Registry("function", parent=root.FUNCTIONS, scope=SCOPE, locations=L
 DATA_SAMPLERS = Registry("data sampler", parent=root.DATA_SAMPLERS, scope=SCOPE, locations=LOCATIONS)
 METRICS = Registry("metric", parent=root.METRICS, scope=SCOPE, locations=LOCATIONS)
 HOOKS = Registry("hook", parent=root.HOOKS, scope=SCOPE, locations=LOCATIONS)
+OPTIMIZERS = Registry("optimizer", parent=root.OPTIMIZERS, scope=SCOPE, locations=LOCATIONS)
 OPTIM_WRAPPERS = Registry("optimizer wrapper", parent=root.OPTIM_WRAPPERS, scope=SCOPE, locations=LOCATIONS)
 STRATEGIES = Registry("strategy", parent=root.STRATEGIES, scope=SCOPE, locations=LOCATIONS)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

@@ -111,14 +111,15 @@ def test_the_fallback_of_muon_is_checked():
     with pytest.raises(UserError, match=r"fallback: got '\*.head.\*', expected a tuple of patterns"):
         OptimWrapperConstructor({}, {"fallback": "*.head.*"})
     build = OptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1e-3}}, {"fallback": ("*.head.*",)})
-    with pytest.raises(UserError, match=r"fallback: is for timm\.optim\.Muon, got the optimizer 'AdamW'"):
+    with pytest.raises(UserError, match=r"fallback: is for visionssm\.Muon, got the optimizer 'AdamW'"):
         build(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("kind", ["visionssm.Muon", "timm.optim.Muon"])
 @pytest.mark.parametrize("fallback", [(), ("*.head.*", "*.x_proj_weight")])
-def test_muon_gets_matrices_alone(fallback):
+def test_muon_gets_matrices_alone(kind, fallback):
     model = ImageClassifier({"model_name": "vmamba_nano", "num_classes": 10})
-    optimizer = {"type": "timm.optim.Muon", "lr": 1e-3, "weight_decay": 0.05}
+    optimizer = {"type": kind, "lr": 1e-3, "weight_decay": 0.05}
     wrapper = OptimWrapperConstructor({"optimizer": optimizer}, {"fallback": fallback})(model)
     groups = [group for group in wrapper.optimizer.param_groups if group["use_fallback"]]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}

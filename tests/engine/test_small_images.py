@@ -65,9 +65,25 @@ def test_saturation_and_contrast_of_a_grey_image():
     assert 110 < result.max() <= 120
 
 
+def test_a_rectangle_of_some_images_is_erased():
+    torch.manual_seed(0)
+    images = torch.full((400, 3, 32, 16), 300).float()  # brighter than any noise
+    result = BatchAugmentation(erase=0.25).erased(images)
+    erased = (result != 300).all(1)
+    assert torch.equal(erased, (result != 300).any(1))  # all channels or none
+    sizes = {(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in erased if mask.any()}
+    assert all(mask.sum() == mask.any(1).sum() * mask.any(0).sum() for mask in erased)  # every one a rectangle
+    assert {max(rows for rows, _ in sizes), max(columns for _, columns in sizes)} <= {14, 15, 16, 6, 7, 8}
+    assert 0.15 < erased.flatten(1).any(1).float().mean() < 0.3
+    noise = result[erased.unsqueeze(1).expand_as(result)]
+    assert noise.min() < 5
+    assert 250 < noise.max() <= 255
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"erase": 1.5}, "erase: got 1.5, expected 0 to 1"),
         ({"shift": -1}, "shift: got -1, expected 0 to inf"),
         ({"hflip": 1.5}, "hflip: got 1.5, expected 0 to 1"),
         ({"rotation": 200}, "rotation: got 200, expected 0 to 180"),

@@ -84,9 +84,9 @@ def trained(tmp_path):
 def test_a_card_says_how_its_own_model_was_trained():
     with (ROOT / "benchmarks" / "cifar10_h200.csv").open(newline="") as file:
         runs = {run["config"]: run for run in csv.DictReader(file)}
-    for model in ("vmamba_nano", "local_vmamba_nano", "vim_nano", "local_vim_nano"):
-        run = runs[f"{model.replace('_', '-')}_cifar10"]
-        card = (ROOT / "model_cards" / f"{model}.cifar10.md").read_text()
+    for row in SHIPPED:
+        run = runs[Path(row.config).stem]
+        card = (ROOT / "model_cards" / f"{row.name}.md").read_text()
         assert f", {run['processes_on_gpu']} of these trainings on each GPU, " in card
         assert f", {run['date']}. One recipe for all" in card
         assert f"\n| **{run['config']}** | {float(run['accuracy']):.2f} |" in card
@@ -124,6 +124,24 @@ def test_of_several_runs_the_last_is_shipped(copied, trained):
         "vim-nano_cifar10",
         "deit-nano_cifar10",
     ]
+
+
+def test_the_images_of_a_recipe_are_those_of_its_weights(copied, trained):
+    """Weights of a recipe that enlarges them have a tag of their own, and timm's config of it says so."""
+    copy, run = copied
+    name = "vmamba-nano-64px-muon-150e_cifar10"
+    weights = timm.create_model("vmamba_nano", num_classes=10).state_dict()
+    save_file(weights, trained / "vmamba_nano.cifar10_64px.safetensors")
+    with (trained / "cifar10_h100.csv").open("a", newline="") as file:
+        csv.DictWriter(file, RUN).writerow({**RUN, "model": "vmamba_nano", "config": name})
+    shipping = run(str(copy / "tools" / "ship_weights.py"), str(trained))
+    assert shipping.returncode == 0, shipping.stderr
+    code = "import timm, visionssm; cfg = timm.get_pretrained_cfg({!r}); print(cfg.input_size, cfg.pool_size, cfg.interpolation)"
+    assert run("-c", code.format("vmamba_nano.cifar10_64px")).stdout == "(3, 64, 64) (4, 4) bilinear\n"
+    assert run("-c", code.format("vmamba_nano")).stdout == "(3, 32, 32) (2, 2) bilinear\n"
+    assert run("-c", code.format("vim_nano.cifar10")).stdout == "(3, 32, 32) None bilinear\n"
+    model = timm.create_model("vmamba_nano").eval()
+    assert model.forward_features(torch.zeros(1, 3, 64, 64)).shape[1:3] == (4, 4)
 
 
 def test_an_unfinished_run_is_not_shipped(copied, trained):

@@ -6,6 +6,10 @@ from contextlib import contextmanager
 
 from visionssm.errors import UserError
 
+_TESTED = (
+    "a .pth file that training wrote, or a .safetensors file of `visionssm convert`; of a classifier also a published name, as in "
+    "`visionssm list --pretrained`, or a file of its weights"
+)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -35,7 +39,7 @@ def compile_mode(args: Namespace) -> str | None:
 def add_test_arguments(parser: ArgumentParser) -> None:
     """What a test takes."""
     _add_common_arguments(parser)
-    parser.add_argument("checkpoint", help="a .pth file that training wrote, or a .safetensors file of `visionssm convert`")
+    parser.add_argument("checkpoint", help=_TESTED)
     parser.add_argument("--tta", action="store_true", help="average the scores of every image and its mirror image")
 
 

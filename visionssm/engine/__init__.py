@@ -7,6 +7,7 @@ from .data import CachedImages, Digits, HubImages, ImageFolder
 from .hooks import ClassCheckHook, DataCheckHook, EMAHook, ExportHook, RandomnessHook, RuntimeInfoHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import TopK
+from .muon import Muon
 from .optim import OptimWrapper, OptimWrapperConstructor
 from .progress import ProgressHook
 from .runner import Runner
@@ -33,6 +34,7 @@ __all__ = [
     "ImagePreprocessor",
     "ImageStream",
     "LearningCurveHook",
+    "Muon",
     "OptimWrapper",
     "OptimWrapperConstructor",
     "ProgressHook",

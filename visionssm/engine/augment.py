@@ -12,7 +12,7 @@ _GREY = (0.299, 0.587, 0.114)  # luma of red, green, blue (ITU-R BT.601)
 
 
 class BatchAugmentation(nn.Module):
-    """Shifts, mirrors, distorts and recolours images, each with draws of its own.
+    """Shifts, mirrors, distorts, recolours and partly erases images, each with draws of its own.
 
     All draws come from the generator of the images' device: nothing waits for a GPU, and a batch costs a few kernels whatever
     its size.
@@ -24,6 +24,7 @@ class BatchAugmentation(nn.Module):
         rotation: largest angle, degrees.
         zoom: sides change by a factor between 1 - zoom and 1 + zoom.
         colour: brightness, contrast and saturation change by factors between 1 - colour and 1 + colour.
+        erase: share of the images in which noise replaces a rectangle, each side up to half of the image's (arXiv:1708.04896).
 
     Raises:
         UserError: a value outside its range.
@@ -37,9 +38,10 @@ class BatchAugmentation(nn.Module):
         rotation: float = 15.0,
         zoom: float = 0.15,
         colour: float = 0.4,
+        erase: float = 0.0,
     ) -> None:
         super().__init__()
-        given = {"hflip": hflip, "distort": distort, "zoom": zoom, "colour": colour}
+        given = {"hflip": hflip, "distort": distort, "zoom": zoom, "colour": colour, "erase": erase}
         for name, value, most in [("shift", shift, math.inf), ("rotation", rotation, 180), *((*item, 1) for item in given.items())]:
             if not 0 <= value <= most:
                 raise UserError(f"model.batch_augmentation.{name}: got {value}, expected 0 to {most}")
@@ -49,6 +51,7 @@ class BatchAugmentation(nn.Module):
         self.rotation = rotation
         self.zoom = zoom
         self.colour = colour
+        self.erase = erase
         self.register_buffer("luma", torch.tensor(_GREY).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -57,7 +60,8 @@ class BatchAugmentation(nn.Module):
             images = images.float()
             distorted = torch.rand(len(images), device=images.device) < self.distort
             images = self.moved(images, distorted)
-            return self.recoloured(images, distorted) if self.distort else images
+            images = self.recoloured(images, distorted) if self.distort else images
+            return self.erased(images) if self.erase else images
 
     def moved(self, images: Tensor, distorted: Tensor) -> Tensor:
         """One resampling for all that moves pixels; a shift and a mirror alone leave their values, but for rounding."""
@@ -87,6 +91,16 @@ class BatchAugmentation(nn.Module):
         images = torch.lerp(mean, images, contrast)
         grey = (images * self.luma).sum(1, keepdim=True)
         return torch.lerp(grey, images, saturation).clamp(0, 255)
+
+    def erased(self, images: Tensor) -> Tensor:
+        """Uniform noise in a rectangle that may reach over the image's border."""
+        batch, device = len(images), images.device
+        inside = torch.rand(batch, 1, 1, device=device) < self.erase
+        for axis, size in ((2, images.shape[2]), (1, images.shape[3])):
+            half = torch.rand(batch, 1, device=device) * size / 4
+            centre = torch.rand(batch, 1, device=device) * size
+            inside = inside & ((torch.arange(size, device=device) + 0.5 - centre).abs() < half).unsqueeze(axis)
+        return torch.where(inside.unsqueeze(1), 255 * torch.rand_like(images), images)
 
 
 def _between(bound: float, count: int, device: torch.device) -> Tensor:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from inspect import Parameter, signature
+from pkgutil import iter_modules
 from typing import Any
 
 from mmengine import registry as root
@@ -212,6 +214,9 @@ def _names_like(prefix: str) -> list[str]:
     if "." not in prefix:  # another scope, or a package of that name, which may be missing here
         return []
     try:
+        if find_spec(prefix) is None:  # its package is there, but has no such module
+            package = prefix.rpartition(".")[0]
+            return [f"{package}.{module.name}" for module in iter_modules(import_module(package).__path__)]
         return [f"{prefix}.{name}" for name in vars(import_module(prefix))]
     except Exception:  # whatever a package raises that does not work here; mmengine passes over it too
         return []

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from visionssm.commands.training import add_test_arguments, add_train_arguments, compile_mode
 from visionssm.errors import UserError, first_line
+from visionssm.models._checkpoint import strip_wrappers
+from visionssm.weights import read_checkpoint, select_weights
 
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
@@ -93,7 +95,8 @@ def test(args: Namespace) -> dict[str, float]:
     with _explained(), process_group() as distributed:
         cfg = _prepare(args, distributed)
         check_files(cfg, ["test_dataloader"])
-        cfg.load_from = args.checkpoint
+        weights_alone = _is_of_a_backbone(cfg, args.checkpoint)
+        cfg.model.update(initial_weights=args.checkpoint) if weights_alone else cfg.update(load_from=args.checkpoint)
         _without_initial_weights(cfg)
         # the averaged weights are a checkpoint's weights, so nothing is left to average or to swap
         cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks", []) if hook["type"] not in ("EMAHook", "visionssm.EMAHook")]
@@ -102,6 +105,8 @@ def test(args: Namespace) -> dict[str, float]:
                 raise UserError(f"--tta: expected a model of type {' or '.join(CLASSIFIERS)}, got {cfg.model.get('type')}")
             cfg.model.flip_test = True
         with _runner(cfg) as runner:
+            if weights_alone:
+                unwrapped(runner.model).init_weights()
             return report(runner, checkpoint=args.checkpoint)
 
 
@@ -209,6 +214,19 @@ def _use_amp(cfg: Config) -> None:
     if wrapper.get("type", "OptimWrapper") in ("OptimWrapper", "visionssm.OptimWrapper"):
         wrapper.type = "visionssm.OptimWrapper"
         wrapper.dtype = wrapper.get("dtype") or "bfloat16"
+
+
+def _is_of_a_backbone(cfg: Config, checkpoint: str) -> bool:
+    """Whether this is a classifier as timm knows it, by a published name or in a file, and not a training's checkpoint."""
+    if cfg.model.get("type") not in CLASSIFIERS or _runner_class(cfg) is not Runner:
+        return False
+    if not Path(checkpoint).is_file():
+        return Path(checkpoint).suffix not in (".pth", ".pt", ".safetensors") and "/" not in checkpoint
+    try:
+        names = strip_wrappers(select_weights(read_checkpoint(checkpoint)))
+    except UserError:
+        return False  # the runner says what is wrong with the file
+    return not any(name.startswith("backbone.") for name in names)
 
 
 def _without_initial_weights(cfg: Config) -> None:

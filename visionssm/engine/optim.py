@@ -10,15 +10,14 @@ import torch
 from mmengine.device import get_device
 from mmengine.optim import OptimWrapper as MMEngineOptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
-from mmengine.registry import OPTIMIZERS
 from timm.models import group_parameters
-from timm.optim import Muon
+from timm.optim import Muon as TimmMuon
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW
 
 from visionssm.errors import UserError, did_you_mean
-from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from visionssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
 from .dense import backbone_autocast, is_detector
 from .distributed import unwrapped
@@ -122,7 +121,7 @@ class OptimWrapperConstructor:
     """timm's parameter groups: no weight decay for vectors, biases and what a model's `no_weight_decay()` names.
 
     torch's Adam and AdamW make their fused step: it alone need not wait for the device in float16, to know whether a gradient has
-    overflowed. `timm.optim.Muon` leaves to its AdamW (NAdamW with `nesterov`) what is not decayed, whatever its shape: A and D of a
+    overflowed. `visionssm.Muon` leaves to its AdamW (NAdamW with `nesterov`) what is not decayed, whatever its shape: A and D of a
     scan, say, are no matrices to make orthogonal.
 
     Args:
@@ -166,12 +165,12 @@ class OptimWrapperConstructor:
         cls = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
         cls = cls if isinstance(cls, type) else object  # mmengine says what it cannot build
         if cls is getattr(torch.optim, "Muon", None):
-            raise UserError("optim_wrapper.optimizer.type: torch's Muon takes matrices alone; expected 'timm.optim.Muon'")
+            raise UserError("optim_wrapper.optimizer.type: torch's Muon takes matrices alone; expected 'visionssm.Muon'")
         if cls in (Adam, AdamW) and not {"foreach", "differentiable"} & optimizer.keys():
             optimizer.setdefault("fused", True)
-        if self.fallback and not issubclass(cls, Muon):
-            raise UserError(f"optim_wrapper.paramwise_cfg.fallback: is for timm.optim.Muon, got the optimizer {kind!r}")
-        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), issubclass(cls, Muon))
+        if self.fallback and not issubclass(cls, TimmMuon):
+            raise UserError(f"optim_wrapper.paramwise_cfg.fallback: is for visionssm.Muon, got the optimizer {kind!r}")
+        optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), issubclass(cls, TimmMuon))
         cfg.setdefault("type", "visionssm.OptimWrapper")
         return ROOT_OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": OPTIMIZERS.build(optimizer)})
 

@@ -50,6 +50,7 @@ class Checkpoint:
         config: the authors' config for it, a path in their repository.
         log: address of the training log.
         log_tta: address of the log of the test with augmentation.
+        preprocessing: what differs from the model's own in timm's config, such as `input_size`.
         notes: what one should know before use, in sentences.
         classes: names of a classifier's classes, in the order of the labels, where they are not ImageNet's.
         license: the file's own, where it is not the family's.
@@ -70,6 +71,7 @@ class Checkpoint:
     config: str | None = None
     log: str | None = None
     log_tta: str | None = None
+    preprocessing: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     license: str | None = None
@@ -173,10 +175,21 @@ def published_cfgs(cfgs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     for model, cfg in cfgs.items():
         rows = checkpoints(f"{model}.*", task="classification")
         for row in rows:
-            result[row.name] = cfg | _timm_source(row) | {"license": row.origin.license, "notes": row.notes or None}
+            result[row.name] = cfg | _timm_images(row, cfg) | _timm_source(row)
+            result[row.name] |= {"license": row.origin.license, "notes": row.notes or None}
         if not rows:
             result[model] = cfg
     return result
+
+
+def _timm_images(row: Checkpoint, cfg: dict[str, Any]) -> dict[str, Any]:
+    """What the file's own images change in a model's config."""
+    own = dict(row.preprocessing)
+    if "input_size" in own:
+        own["input_size"] = tuple(own["input_size"])
+        if cfg.get("pool_size"):
+            own["pool_size"] = tuple(extent * own["input_size"][-1] // cfg["input_size"][-1] for extent in cfg["pool_size"])
+    return own
 
 
 def _timm_source(row: Checkpoint) -> dict[str, Any]:
