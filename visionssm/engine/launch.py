@@ -16,8 +16,7 @@ from rich.console import Console
 
 from visionssm.commands.training import add_test_arguments, add_train_arguments, compile_mode
 from visionssm.errors import UserError, first_line
-from visionssm.models._checkpoint import strip_wrappers
-from visionssm.weights import read_checkpoint, select_weights
+from visionssm.weights import read_checkpoint
 
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
@@ -223,10 +222,11 @@ def _is_of_a_backbone(cfg: Config, checkpoint: str) -> bool:
     if not Path(checkpoint).is_file():
         return Path(checkpoint).suffix not in (".pth", ".pt", ".safetensors") and "/" not in checkpoint
     try:
-        names = strip_wrappers(select_weights(read_checkpoint(checkpoint)))
+        content = read_checkpoint(checkpoint)
     except UserError:
         return False  # the runner says what is wrong with the file
-    return not any(name.startswith("backbone.") for name in names)
+    weights = content.get("state_dict", content)  # where a training has them
+    return isinstance(weights, dict) and not any(name.startswith("backbone.") for name in weights)
 
 
 def _without_initial_weights(cfg: Config) -> None:
