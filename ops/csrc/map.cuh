@@ -35,9 +35,11 @@ struct alignas(16) Rows {  // dt | B | C of a tile
 
 struct Places {           // where the steps of a tile lie
     int4 positions[T / 4];  // 0 where there is none
-    uint32 inside;        // bit t: step t lies on the map
+    uint32 inside;        // bit t: step t lies on the map; bit T + t: the path has it, though it may be of a window's padding
 
     DEVICE int position(int t) const { return ((const int *)positions)[t]; }
+    DEVICE bool ends() const { return inside >> T != (1u << T) - 1; }
+    DEVICE bool exists(int t) const { return inside >> (T + t) & 1; }
 };
 
 struct Map {
@@ -62,7 +64,8 @@ DEVICE Map map_of(int k, int height, int width) {
 // The first warp calls this; a tile before the first or after the last has no steps.
 DEVICE void write_places(Places &places, const Map &map, int tile, int lane) {
     const int step = tile * T + lane % T;
-    bool inside = tile >= 0 && step < map.length;
+    const bool exists = tile >= 0 && step < map.length;
+    bool inside = exists;
     const int p = inside ? (map.flip ? map.length - 1 - step : step) : 0;
     int position = p;
     if (map.kind == 1) {  // of a map of height 1, column order is row order, and kernels/launch.py says so
@@ -77,9 +80,9 @@ DEVICE void write_places(Places &places, const Map &map, int tile, int lane) {
         inside = inside && row < map.height && column < map.width;
         position = row * map.width + column;
     }
-    const uint32 mask = ballot(inside);
+    const uint32 on_map = ballot(inside), on_path = ballot(exists);
     if (lane < T) ((int *)places.positions)[lane] = inside ? position : 0;
-    if (lane == 0) places.inside = mask & ((1u << T) - 1);
+    if (lane == 0) places.inside = (on_map & ((1u << T) - 1)) | on_path << T;
 }
 
 // Start copying a tile of a map, from the first channel of the block, as [T][WIDTH]; zeros off the map.

@@ -232,6 +232,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(
         const Places &here = shared.places[i % PLACES];
         expand(own, rows, shared.weights[warp], lane);
         __syncwarp();
+        if (here.ends())  // steps after the end of the path: nothing decays there, nor overflows
+#pragma unroll 1
+            for (int t = 0; t < T; t++)
+                if (!here.exists(t)) own.steps[t * STEP_ROW + lane] = SOFTPLUS ? -1e30f : 0.f;
         float *in_sums = shared.sums[i % (1 + APART)][warp];
         if (LAST < T && tile == last)
             walk<LAST>(carry, sums, in_sums, own, start, values, grads, decay, skip, dx, scales, here, channels, left, lane);

@@ -49,6 +49,7 @@ def scan_backward_kernel(
     batch = (rest // splits).to(tl.int64)
     kind, flip = path_code(PATHS, k)
     length = path_length(kind, height, width)
+    k = k.to(tl.int64)  # a path's part of a tensor may begin beyond 2^31 elements
 
     c = tl.max_contiguous(tl.multiple_of(block * BC + tl.arange(0, BC), VEC), BC)  # VEC adjacent channels a lane
     real = c < channels
@@ -67,10 +68,10 @@ def scan_backward_kernel(
     else:
         b_ptr += batch * b_b + k * b_k
         c_ptr += batch * c_b + k * c_k
-    kc = (k * channels + c).to(tl.int64)
+    kc = k * channels + c
     part = (batch * splits + split) * sums_part  # where this program's sums over positions go
-    A_ptr += k.to(tl.int64) * N * channels + c
-    dA_ptr += part + k.to(tl.int64) * N * channels + c
+    A_ptr += k * N * channels + c
+    dA_ptr += part + k * N * channels + c
     carry_ptr += ((batch * K + k) * splits + split) * N * channels + c
     first = split * tiles_per_split
     tile = tl.minimum(first + tiles_per_split, tiles) - 1
@@ -105,14 +106,14 @@ def scan_backward_kernel(
     total = tl.zeros([BC], tl.float32)
 
     # Two tiles ahead positions are computed, one tile ahead its operands are read.
-    p, _, inside = tile_places(tile, tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
+    p, exists, inside = tile_places(tile, tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
     x, dt, B1, C1 = fetch(p, inside, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N, R)
     dy = tl.load(dy_ptr + p[:, None] * dy_p, mask=(inside != 0)[:, None] & real[None, :], other=0.0)
-    p1, _, inside1 = tile_places(tl.maximum(tile - 1, 0), tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
+    p1, exists1, inside1 = tile_places(tl.maximum(tile - 1, 0), tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
     while tile >= first:
         x1, dt1, B11, C11 = fetch(p1, inside1, c, r, real, x_ptr, dt_ptr, b_ptr, c_ptr, x_p, dt_p, dt_c, b_p, c_p, N, R)
         dy1 = tl.load(dy_ptr + p1[:, None] * dy_p, mask=(inside1 != 0)[:, None] & real[None, :], other=0.0)
-        p2, _, inside2 = tile_places(tl.maximum(tile - 2, 0), tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
+        p2, exists2, inside2 = tile_places(tl.maximum(tile - 2, 0), tiles, i, kind, flip, length, height, width, WINDOWS, WIDE, BT)
         on_map = inside != 0
         here = on_map[:, None] & real[None, :]
         x = x.to(tl.float32)
@@ -122,6 +123,7 @@ def scan_backward_kernel(
             delta, u = softplus(v)
         else:
             delta = v
+        delta = tl.where((exists != 0)[:, None], delta, 0.0)  # after the end of a path nothing decays, nor overflows
         if HAS_Z:
             z = tl.load(z_ptr + batch * z_b + k * z_k + p[:, None] * z_p + c[None, :] * z_c, mask=here, other=0.0).to(tl.float32)
             gate = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
@@ -196,7 +198,8 @@ def scan_backward_kernel(
             tl.store(ddt_ptr + p[:, None] * ddt_p + c[None, :] * ddt_c, dv, mask=here)
         states_ptr -= N * channels
         tile -= 1
-        p, inside, p1, inside1, x, dy, dt = p1, inside1, p2, inside2, x1, dy1, dt1
+        p, exists, inside, p1, exists1, inside1 = p1, exists1, inside1, p2, exists2, inside2
+        x, dy, dt = x1, dy1, dt1
         if N == 1:
             B1, C1 = B11, C11
 

@@ -83,7 +83,7 @@ def scan_backward(scan: _Scan, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]
     case.launch(tensors, [states.shape[2], *case.images, *strides, sums.stride(0)])
     dA, dD, dweight, dbias = sums.sum(0).split(widths)
     shapes = ((k, scan.channels, *rest) for rest in ((), (), (rank,), ()))
-    gradients = (g.view(shape) for g, shape in zip((dA, dD, dweight, dbias), shapes, strict=True))
+    gradients = (g.clone().view(shape) for g, shape in zip((dA, dD, dweight, dbias), shapes, strict=True))  # no storage in common
     rows = rows[0] if case.blocks == 1 else rows.sum(0).to(x.dtype)
     return (merge_parts(dx, scales, scan.size, scan.codes(), x.dtype) if case.scaled else dx), rows, *gradients
 

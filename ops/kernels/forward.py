@@ -46,6 +46,7 @@ def scan_forward_kernel(
     batch = (rest // splits).to(tl.int64)
     kind, flip = path_code(PATHS, k)
     length = path_length(kind, height, width)
+    k = k.to(tl.int64)  # a path's part of a tensor may begin beyond 2^31 elements
 
     c = tl.max_contiguous(tl.multiple_of(block * BC + tl.arange(0, BC), VEC), BC)  # VEC adjacent channels a lane
     real = c < channels
@@ -60,8 +61,8 @@ def scan_forward_kernel(
     else:
         b_ptr += batch * b_b + k * b_k
         c_ptr += batch * c_b + k * c_k
-    kc = (k * channels + c).to(tl.int64)
-    A_ptr += k.to(tl.int64) * N * channels + c
+    kc = k * channels + c
+    A_ptr += k * N * channels + c
     last_ptr += (batch * K + k) * N * channels + c
     tile = split * tiles_per_split
     end = tl.minimum(tile + tiles_per_split, tiles)

@@ -333,8 +333,8 @@ class _Scan:
         dA = dA.view(k, n, channels).transpose(1, 2)
         dweight = None if self.weight is None else self._through_projection(dv, ddt)
         shapes = ((k, channels, n), (k, channels), (k, channels, self.rank), (k, channels))
-        return tuple(
-            x.new_empty(0) if t is None else g.reshape(shape).contiguous().to(t.dtype)
+        return tuple(  # in storage of their own, as an operator's outputs have to be
+            x.new_empty(0) if t is None else g.reshape(shape).clone(memory_format=torch.contiguous_format).to(t.dtype)
             for t, g, shape in zip((self.A, self.D, self.weight, self.bias), (dA, dD, dweight, dbias), shapes, strict=True)
         )
 

@@ -16,7 +16,7 @@ def step_gradient_kernel(
     blocks = (positions + BP - 1) // BP
     pid = tl.program_id(0)
     p = (pid % blocks) * BP + tl.arange(0, BP)
-    k = (pid // blocks) % K
+    k = ((pid // blocks) % K).to(tl.int64)
     image = (pid // blocks).to(tl.int64)  # batch * K + k
     r = tl.arange(0, BR)
     ddt = tl.zeros([BP, BR], tl.float32)
@@ -64,7 +64,7 @@ def weight_gradient_kernel(
     pid = tl.program_id(0)
     c = (pid % cs) * BC + tl.arange(0, BC)
     real = c < channels
-    k = (pid // cs) % K
+    k = ((pid // cs) % K).to(tl.int64)
     chunk = pid // cs // K
     r = tl.arange(0, BR)
     dweight = tl.zeros([BR, BC], tl.float32)
@@ -103,7 +103,7 @@ def weight_gradient_kernel(
             dweight = tl.dot(dt, dv, dweight, input_precision="ieee")
         dv, dt = next_dv, next_dt
         block += chunks
-    at = ((chunk * K + k) * channels + c[None, :]).to(tl.int64) * R + r[:, None]
+    at = ((chunk * K + k) * channels + c[None, :]) * R + r[:, None]
     tl.store(parts_ptr + at, dweight, mask=(r[:, None] < R) & real[None, :])
 
 
@@ -115,7 +115,7 @@ def projection_gradients_kernel(
 ):  # fmt: skip
     """Both of the above in one reading of dv, where BC >= C and rank fit the registers."""
     pid = tl.program_id(0)
-    k = pid % K
+    k = (pid % K).to(tl.int64)
     chunk = pid // K
     c = tl.arange(0, BC)
     real = c < channels
@@ -164,5 +164,5 @@ def projection_gradients_kernel(
         tl.store(ddt_at, ddt, mask=(p[:, None] < positions) & (r[None, :] < R))
         dv, dt = next_dv, next_dt
         block += chunks
-    at = ((chunk * K + k) * channels + c[None, :]).to(tl.int64) * R + r[:, None]
+    at = ((chunk * K + k) * channels + c[None, :]) * R + r[:, None]
     tl.store(parts_ptr + at, dweight, mask=(r[:, None] < R) & real[None, :])

@@ -150,8 +150,9 @@ class Sequence:
             self._launch(plan, [*tensors, ends, totals], sizes, SUMMARY=1)
             carry_splits(ends, totals, self._decays(), carry, carry.stride(1), carry.stride(2), reverse=True)
         self._launch(plan, [*tensors, carry, totals], sizes, SUMMARY=0)
-        dB, dC = (parts[0] if blocks == 1 else parts.sum(0)).to(u.dtype)
-        dA, dD, dbias = (g if g.numel() else u.new_empty(0) for g in sums.sum(0).split(widths))
+        # clones: an operator's outputs have no storage in common
+        dB, dC = (g.to(u.dtype, copy=True) for g in (parts[0] if blocks == 1 else parts.sum(0)))
+        dA, dD, dbias = (g.clone() if g.numel() else u.new_empty(0) for g in sums.sum(0).split(widths))
         return du, ddelta, dz, dA.view(self.A.shape), dB, dC, dD, dbias
 
     def _blocks(self, plan: Plan) -> int:

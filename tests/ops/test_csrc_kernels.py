@@ -121,6 +121,25 @@ def test_float16_takes_weights_beyond_its_range(kernels):
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize(("size", "paths"), [((1, 17), ("h", "h_flip")), ((1, 16), ("h",)), ((3, 3), CROSS)], ids=str)
+def test_steps_after_the_end_of_a_path_overflow_nothing(kernels, size, paths, softplus):
+    """There only the bias is left of the step: exp(bias A) is infinite, and every gradient finite all the same."""
+    inputs = cross_selective_scan_inputs(1, size, 8, 1, paths, 1, dtype=BF16, device=DEVICE)
+    sign = 1 if softplus else -1
+    inputs["dt_bias"].fill_(sign * 100)
+    inputs["dt_weight"].fill_(1.0)
+    inputs["dt"].fill_(-sign * 101)
+    inputs["A"] = sign * (0.5 + torch.rand_like(inputs["A"])) * 2
+    options = {"paths": paths, "dt_softplus": softplus}
+    exact = {"paths": ScanPaths(paths, size), "dt_softplus": softplus}
+    actual = outputs_and_gradients(lambda **t: cross_selective_scan(**t, **options, backend="triton"), inputs)
+    expected = outputs_and_gradients(lambda **t: cross_selective_scan_ref(**t, **exact), to_float64(inputs))
+    assert kernels == ["scan_forward", "scan_backward"]
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name].double(), value, rtol=0.02, atol=0.02 * value.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_gradients_that_cancel(kernels, dtype):
     """Equal channels, but for x, half of which has the other sign and is a hundredth smaller: dB and dC to float32's accuracy."""

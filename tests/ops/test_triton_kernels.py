@@ -188,6 +188,34 @@ def test_bitwise_repeatable():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_path_that_begins_beyond_32_bits():
+    """x per path, 2^30 elements apart: virtual memory alone, of which a few pages are touched."""
+    paths, apart = ("h", "v", "h_flip"), 2**30
+    inputs = cross_selective_scan_inputs(1, (2, 3), 8, 1, paths, 2, shared=False, dtype=F16, device=DEVICE)
+    expected = outputs_and_gradients(lambda **t: cross_selective_scan(**t, paths=paths, backend="triton"), inputs)
+    spread = torch.empty(2 * apart + 48, dtype=F16, device=DEVICE).as_strided((1, 3, 2, 3, 8), (3 * apart, apart, 24, 8, 1))
+    inputs["x"] = spread.copy_(inputs["x"])
+    actual = outputs_and_gradients(lambda **t: cross_selective_scan(**t, paths=paths, backend="triton"), inputs)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # the interpreter's, of such steps
+@pytest.mark.parametrize("length", [16, 17])
+@pytest.mark.parametrize("state", [1, 2])
+def test_steps_after_the_end_of_a_path_overflow_nothing(length, state, splits):
+    """There only the bias is left of the step: exp(bias A) is infinite, and every gradient finite all the same."""
+    inputs = selective_scan_inputs(1, 2, length, state, softplus=False, dtype=F32, device=DEVICE)
+    inputs["delta_bias"].fill_(-100)
+    inputs["delta"] = 100.5 + torch.rand_like(inputs["delta"])
+    inputs["A"] = -0.5 - torch.rand_like(inputs["A"])
+    expected = outputs_and_gradients(selective_scan_ref, to_float64(inputs))
+    for count in (1, 2):
+        splits(count)
+        actual = outputs_and_gradients(lambda **t: selective_scan(**t, backend="triton"), inputs)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name].double(), value, rtol=1e-5, atol=1e-5 * value.abs().max().item())
+
+
 def refused_by_name_alone(function, inputs, reason, **options):
     """Triton asked for by name raises; with no backend asked for, another computes, of which a GPU's user hears."""
     with pytest.raises(RuntimeError, match=reason):
@@ -218,12 +246,23 @@ def leaves_of(inputs):
     return {name: t.requires_grad_() for name, t in inputs.items()}
 
 
+def opcheck_backward(operator, arguments, *backend):
+    """Of the operator's gradient: among others, that its outputs have no storage in common."""
+    arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+    y, _, states = operator(*arguments, False, *backend)
+    backward = getattr(torch.ops.visionssm, f"{operator.__name__}_backward").default
+    torch.library.opcheck(
+        backward, (torch.randn_like(y), states, *arguments, *backend), test_utils=("test_schema", "test_faketensor")
+    )
+
+
 def test_opcheck_of_the_map():
     paths = ["v", "h_flip"]
     t = leaves_of(pack(cross_selective_scan_inputs(1, (2, 2), 4, 2, tuple(paths), 2, device=DEVICE, dtype=F32)))
     x = t["x"].detach().unsqueeze(1).requires_grad_()
     arguments = (x, t["x_dbl"], t["A"], t["D"], t["dt_weight"], t["dt_bias"], paths, True, True, True, "triton")
     torch.library.opcheck(torch.ops.visionssm.cross_selective_scan.default, arguments)
+    opcheck_backward(torch.ops.visionssm.cross_selective_scan, arguments[:9], "triton")
     wide = tuple(m.detach().double().requires_grad_() for m in arguments[2:6])  # the states stay float32
     torch.library.opcheck(torch.ops.visionssm.cross_selective_scan.default, (*arguments[:2], *wide, *arguments[6:]))
 
@@ -232,6 +271,7 @@ def test_opcheck_of_the_sequence():
     t = leaves_of(selective_scan_inputs(1, 4, 5, 2, 2, device=DEVICE, dtype=F32))
     arguments = tuple(t[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
     torch.library.opcheck(torch.ops.visionssm.selective_scan.default, (*arguments, True, True))
+    opcheck_backward(torch.ops.visionssm.selective_scan, (*arguments, True))
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice; the results are held to float32
