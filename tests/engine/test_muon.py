@@ -11,14 +11,14 @@ from torch.nn.functional import cross_entropy
 from visionssm.engine import ImageClassifier, Muon, OptimWrapperConstructor
 from visionssm.engine import muon as stacked
 
-SHAPES = [(24, 24), (24, 24), (96, 24), (24, 96), (24, 24), (16, 8, 3, 3), (24, 96), (16, 8, 3, 3), (7,), (24, 5)]
+SHAPES = [(24, 24), (24, 24), (96, 24), (24, 96), (24, 24), (16, 8, 3, 3), (24, 96), (24, 1, 3, 3), (16, 8, 3, 3), (7,), (24, 5)]
 
 
 def built(cls, **arguments):
     """Parameters, the last two of which are left to the fallback, and their optimizer."""
     generator = torch.Generator().manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-    groups = [{"params": parameters[:-2], "use_fallback": False}, {"params": parameters[-2:], "use_fallback": True}]
+    groups = [{"params": parameters[:-2], "use_muon": True}, {"params": parameters[-2:], "use_muon": False}]
     return parameters, cls(groups, lr=0.02, weight_decay=0.1, **arguments)
 
 
@@ -69,7 +69,7 @@ def test_each_shape_is_made_orthogonal_once(monkeypatch):
 
     monkeypatch.setattr(stacked, "zeropower_via_newtonschulz", counted)
     train(*built(Muon), 1)
-    assert sorted(stacks) == [(1, 96, 24), (2, 16, 72), (2, 24, 96), (3, 24, 24)]
+    assert sorted(stacks) == [(1, 24, 9), (1, 96, 24), (2, 16, 72), (2, 24, 96), (3, 24, 24)]
 
 
 def test_a_run_of_timm_is_resumed():
@@ -96,15 +96,51 @@ def test_parameters_without_gradient_stay():
     assert changed == [number == 1 for number in range(len(SHAPES))]
 
 
-def test_groups_without_the_flag_are_left_to_timm():
+@pytest.mark.parametrize("flags", [{}, {"use_fallback": False}, {"use_fallback": True, "use_muon": True}], ids=str)
+def test_groups_that_leave_the_choice_to_timm(flags, monkeypatch):
+    """Of these it takes no depthwise kernel for a matrix."""
+    monkeypatch.setattr(stacked, "zeropower_via_newtonschulz", None)
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator) for shape in SHAPES]
     results = []
     for cls in (Muon, TimmMuon):
         parameters = [torch.nn.Parameter(value.clone()) for value in values]
-        train(parameters, cls(parameters, lr=0.02), 2)
+        optimizer = cls([{"params": parameters, **flags}], lr=0.02)
+        train(parameters, optimizer, 2)
         results.append(parameters)
+        assert "exp_avg" in optimizer.state[parameters[SHAPES.index((24, 1, 3, 3))]]
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_what_a_resumed_run_chose_stays():
+    """timm chose by shape there, where the groups of today give every kernel to Muon."""
+    parameters, _ = built(Muon)
+    reference = TimmMuon([{"params": parameters}], lr=0.02)
+    train(parameters, reference, 1)
+    optimizer = Muon([{"params": parameters, "use_muon": True}], lr=0.02)
+    stored = reference.state_dict()
+    optimizer.load_state_dict({**stored, "param_groups": [{**stored["param_groups"][0], "use_muon": True}]})
+    train(parameters, optimizer, 1)
+    assert "momentum_buffer" not in optimizer.state[parameters[SHAPES.index((24, 1, 3, 3))]]
+
+
+def test_hooks_are_called_once():
+    """Also where an optimizer of timm's class has been made, around whose step torch then calls hooks."""
+    built(TimmMuon)
+    parameters, optimizer = built(Muon)
+    groups = []
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+        register(lambda optimizer, *_: groups.append(len(optimizer.param_groups)))
+    train(parameters, optimizer, 2)
+    assert groups == [2] * 4
+
+
+def test_groups_are_whole_after_an_error():
+    parameters, optimizer = built(Muon)
+    parameters[-1].grad = torch.eye(*SHAPES[-1]).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert len(optimizer.param_groups) == 2
 
 
 def test_a_closure_is_evaluated_once_and_its_loss_given():

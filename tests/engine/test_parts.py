@@ -115,16 +115,17 @@ def test_the_fallback_of_muon_is_checked():
         build(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("kind", ["visionssm.Muon", "timm.optim.Muon"])
-@pytest.mark.parametrize("fallback", [(), ("*.head.*", "*.x_proj_weight")])
+@pytest.mark.parametrize("kind", ["visionssm.Muon", "Muon", "timm.optim.Muon"])
+@pytest.mark.parametrize("fallback", [(), ("*.head.*",)])
 def test_muon_gets_matrices_alone(kind, fallback):
     model = ImageClassifier({"model_name": "vmamba_nano", "num_classes": 10})
     optimizer = {"type": kind, "lr": 1e-3, "weight_decay": 0.05}
     wrapper = OptimWrapperConstructor({"optimizer": optimizer}, {"fallback": fallback})(model)
-    groups = [group for group in wrapper.optimizer.param_groups if group["use_fallback"]]
+    groups = [group for group in wrapper.optimizer.param_groups if not group["use_muon"]]
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     left = {(name.rpartition("op.")[2], decay[id(p)]) for name, p in model.named_parameters() if id(p) in decay and p.ndim > 1}
-    decayed = {("backbone.head.fc.weight", 0.05), ("x_proj_weight", 0.05)} if fallback else set()
+    decayed = {("x_proj_weight", 0.05), ("dt_projs_weight", 0.05)}
+    decayed |= {("backbone.head.fc.weight", 0.05)} if fallback else set()
     assert left == {("A_logs", 0.0), ("Ds", 0.0), ("dt_projs_bias", 0.0)} | decayed
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -132,6 +133,7 @@ def test_muon_gets_matrices_alone(kind, fallback):
     wrapper.step()
     states = {name: set(wrapper.optimizer.state[p]) for name, p in model.named_parameters()}
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert "momentum_buffer" in states["backbone.layers.0.blocks.0.op.conv2d.weight"]
     weight, A = "backbone.layers.0.blocks.0.mlp.fc1.weight", "backbone.layers.0.blocks.0.op.A_logs"
     assert "momentum_buffer" in states[weight]
     assert "exp_avg_sq" in states[A]

@@ -75,9 +75,19 @@ def test_a_rectangle_of_some_images_is_erased():
     assert all(mask.sum() == mask.any(1).sum() * mask.any(0).sum() for mask in erased)  # every one a rectangle
     assert {max(rows for rows, _ in sizes), max(columns for _, columns in sizes)} <= {14, 15, 16, 6, 7, 8}
     assert 0.15 < erased.flatten(1).any(1).float().mean() < 0.3
+    assert erased[:, -4:, -2:].any()  # in every corner
+    assert erased[:, :4, :2].any()
     noise = result[erased.unsqueeze(1).expand_as(result)]
     assert noise.min() < 5
     assert 250 < noise.max() <= 255
+
+
+def test_erasing_is_part_of_the_augmentation():
+    torch.manual_seed(0)
+    white = torch.full((32, 3, 16, 16), 255, dtype=torch.uint8)
+    erased, kept = (BatchAugmentation(hflip=0.0, erase=erase)(white) for erase in (1.0, 0.0))
+    assert (kept > 254).all()
+    assert (erased < 250).flatten(1).any(1).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ class OptimWrapperConstructor:
     """timm's parameter groups: no weight decay for vectors, biases and what a model's `no_weight_decay()` names.
 
     torch's Adam and AdamW make their fused step: it alone need not wait for the device in float16, to know whether a gradient has
-    overflowed. `visionssm.Muon` leaves to its AdamW (NAdamW with `nesterov`) what is not decayed, whatever its shape: A and D of a
-    scan, say, are no matrices to make orthogonal.
+    overflowed. Muon, timm's or `visionssm.Muon`, gets the decayed matrices and convolutions' kernels; its AdamW (NAdamW with
+    `nesterov`) gets the rest: A and D of a scan, say, or a stack of the projections of several paths.
 
     Args:
         optim_wrapper_cfg: `type` and arguments of the OptimWrapper, with the `optimizer` in it.
@@ -170,6 +170,8 @@ class OptimWrapperConstructor:
             optimizer.setdefault("fused", True)
         if self.fallback and not issubclass(cls, TimmMuon):
             raise UserError(f"optim_wrapper.paramwise_cfg.fallback: is for visionssm.Muon, got the optimizer {kind!r}")
+        if issubclass(cls, TimmMuon):
+            optimizer["type"] = cls  # by its name alone another scope would have torch's
         optimizer["params"] = self.groups(model, optimizer["lr"], optimizer.get("weight_decay", 0.0), issubclass(cls, TimmMuon))
         cfg.setdefault("type", "visionssm.OptimWrapper")
         return ROOT_OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": OPTIMIZERS.build(optimizer)})
@@ -187,11 +189,12 @@ class OptimWrapperConstructor:
                 decayed = parameter.ndim > 1 and not name.endswith(".bias") and not named
             else:
                 decayed = not named
-            orthogonal = is_muon and decayed and not any(fnmatch(name, pattern) for pattern in self.fallback)
+            matrix = parameter.ndim in (2, 4, 5)  # or a convolution's kernel; three dimensions are a stack, or channels' own
+            orthogonal = is_muon and decayed and matrix and not any(fnmatch(name, pattern) for pattern in self.fallback)
             groups.setdefault((scales.get(name, 1.0), decayed, orthogonal), []).append(parameter)
         return [
             {"params": groups[key], "lr": lr * key[0], "weight_decay": weight_decay if key[1] else 0.0}
-            | ({"use_fallback": not key[2]} if is_muon else {})
+            | ({"use_muon": key[2]} if is_muon else {})
             for key in sorted(groups, reverse=True)
         ]
 
