@@ -156,7 +156,7 @@ def result(job: Job, sharing: int, loader: DataLoader, weights: Path | None) -> 
     row["accuracy_float16"] = accuracy(model, loader)
     if weights:
         same = abs(row["accuracy_float16"] - row["accuracy"]) <= UNCHANGED
-        save_file(half if same else full, weights / f"{row['model']}.{tag_of(job.config)}.safetensors")
+        save_file(half if same else full, weights / f"{row['model']}.{tag_of(cfg.input_size)}.safetensors")
     return row
 
 
@@ -203,9 +203,9 @@ def write(jobs: list[Job], out: Path) -> None:
     """The table, the weights, the processes' output."""
     out.mkdir(parents=True, exist_ok=True)
     machine = {"timm": timm.__version__} | environment("cuda" if torch.cuda.is_available() else "cpu")
-    loader = Runner.build_dataloader(jobs[0].config_with_options().test_dataloader)
     rows = []
     for job in jobs:
+        loader = Runner.build_dataloader(job.config_with_options().test_dataloader)
         sharing = sum(other.gpu == job.gpu for other in jobs)
         keep = job.seed == jobs[0].seed and "_nano" in job.config_with_options().model.backbone.model_name
         rows.append(result(job, sharing, loader, out if keep else None) | machine)

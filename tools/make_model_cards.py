@@ -164,8 +164,8 @@ def trained(row: Checkpoint) -> str:
         facts = (f"{float(run['accuracy']):.2f}", f"{int(run['parameters']):,}", run["epochs"], run["images_per_s"])
         lines.append(f"| {name} | {' | '.join(facts)} | {run['peak_memory_mib']} |")
     where = "{device}, {processes_on_gpu} of these trainings on each GPU, PyTorch {torch}, timm {timm}, {date}".format(**own)
-    note = "One recipe for all, but for what a config's name says; images/s of the training loop. The test images chose nothing:"
-    note += " the last epoch counts."
+    note = "One recipe for all, but for a config whose name has more than the model's; images/s of the training loop. No epoch was"
+    note += " chosen by the test images: the last one counts."
     return f"## Trained here\n\n`tools/benchmark_cifar10.py` on {where}. {note}\n\n" + "\n".join(lines)
 
 

@@ -27,12 +27,9 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 LICENSE = "The weights are ours, under the package's licence; the images they were trained on are for research."
 
 
-def tag_of(config: str) -> str:
-    """What the weights of a recipe are called after the model's name."""
-    from visionssm.engine.config import load_config
-
-    size = load_config(config).input_size
-    return "cifar10" if size == 32 else f"cifar10_{size}px"
+def tag_of(input_size: int) -> str:
+    """What weights for images of this size are called after the model's name."""
+    return "cifar10" if input_size == 32 else f"cifar10_{input_size}px"
 
 
 def preprocessing(config: str) -> dict[str, Any]:
@@ -61,7 +58,7 @@ def entry(file: Path, measured: dict[str, str]) -> dict[str, Any]:
     return {
         "family": "local_mamba" if model.startswith("local") else model.split("_")[0],
         "model": model,
-        "tag": tag_of(measured["config"]),
+        "tag": tag_of(images["input_size"][-1]),
         "task": "classification",
         "url": f"package://{file.name}",
         "size_mb": round(file.stat().st_size / 1e6, 1),
@@ -92,7 +89,9 @@ def weights(folder: Path, rows: list[dict[str, str]]) -> dict[str, tuple[Path, d
     """By name: the file in a folder, and the row of its run, the first seed's."""
     found: dict[str, tuple[Path, dict[str, str]]] = {}
     for measured in rows:
-        file = folder / f"{measured['model']}.{tag_of(measured['config'])}.safetensors"
+        if not list(folder.glob(f"{measured['model']}.*.safetensors")):
+            continue
+        file = folder / f"{measured['model']}.{tag_of(preprocessing(measured['config'])['input_size'][-1])}.safetensors"
         if not file.exists() or file.name in found:  # a peer, or another seed
             continue
         if measured["status"] != "finished":
@@ -133,8 +132,9 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(runs.values())
     content = json.loads(TABLE.read_text())
-    replaced = {(row["model"], row["tag"]) for row in entries}
-    content["checkpoints"] = [row for row in content["checkpoints"] if (row["model"], row["tag"]) not in replaced] + entries
+    table_rows = {(row["model"], row["tag"]): row for row in content["checkpoints"]}
+    table_rows |= {(row["model"], row["tag"]): row for row in entries}  # in the old one's place: a model's first is its default
+    content["checkpoints"] = list(table_rows.values())
     TABLE.write_text(json.dumps(content, indent=1) + "\n")
     replace_sections(ROOT / "docs" / "training.md", {"cifar10": document(list(runs.values()))})
     subprocess.run([sys.executable, str(ROOT / "tools" / "make_model_cards.py")], check=True)

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from visionssm.commands.training import add_test_arguments, add_train_arguments, compile_mode
 from visionssm.errors import UserError, first_line
-from visionssm.weights import read_checkpoint
 
 from .config import CLASSIFIERS, fill_num_classes, load_config
 from .contact_sheet import ContactSheetHook
@@ -26,6 +25,7 @@ from .hooks import ExportHook, UnreadableImagesHook
 from .learning_curve import LearningCurveHook
 from .metrics import in_percent
 from .progress import ProgressHook, position
+from .published import is_of_a_backbone, load_published
 from .runner import Runner
 from .sharded import FlexibleRunner
 from .work_dir import check_kept, check_space, check_writable
@@ -47,8 +47,8 @@ def main_train(argv: Sequence[str] | None = None) -> int:
 
 
 def main_test(argv: Sequence[str] | None = None) -> int:
-    """Test a checkpoint of a training run. Returns the exit status, or ends, as `main_train` does."""
-    parser = ArgumentParser(description="Test a checkpoint on the test data of its config.")
+    """Test a checkpoint, a training's or a published one. Returns the exit status, or ends, as `main_train` does."""
+    parser = ArgumentParser(description="Test a checkpoint, a training's or a published one, on the test data of a config.")
     add_test_arguments(parser)
     return leave(_run(test, parser, argv))
 
@@ -94,8 +94,8 @@ def test(args: Namespace) -> dict[str, float]:
     with _explained(), process_group() as distributed:
         cfg = _prepare(args, distributed)
         check_files(cfg, ["test_dataloader"])
-        weights_alone = _is_of_a_backbone(cfg, args.checkpoint)
-        cfg.model.update(initial_weights=args.checkpoint) if weights_alone else cfg.update(load_from=args.checkpoint)
+        checkpoint, published = args.checkpoint, is_of_a_backbone(cfg, args.checkpoint)
+        cfg.load_from = None if published else checkpoint
         _without_initial_weights(cfg)
         # the averaged weights are a checkpoint's weights, so nothing is left to average or to swap
         cfg.custom_hooks = [hook for hook in cfg.get("custom_hooks", []) if hook["type"] not in ("EMAHook", "visionssm.EMAHook")]
@@ -104,9 +104,11 @@ def test(args: Namespace) -> dict[str, float]:
                 raise UserError(f"--tta: expected a model of type {' or '.join(CLASSIFIERS)}, got {cfg.model.get('type')}")
             cfg.model.flip_test = True
         with _runner(cfg) as runner:
-            if weights_alone:
-                unwrapped(runner.model).init_weights()
-            return report(runner, checkpoint=args.checkpoint)
+            if published:
+                checkpoint, note = load_published(runner, cfg, checkpoint)
+                if note:
+                    _say(f"note: {note}")
+            return report(runner, checkpoint=checkpoint)
 
 
 def report(runner: Runner, checkpoint: str | None) -> dict[str, float]:
@@ -213,20 +215,6 @@ def _use_amp(cfg: Config) -> None:
     if wrapper.get("type", "OptimWrapper") in ("OptimWrapper", "visionssm.OptimWrapper"):
         wrapper.type = "visionssm.OptimWrapper"
         wrapper.dtype = wrapper.get("dtype") or "bfloat16"
-
-
-def _is_of_a_backbone(cfg: Config, checkpoint: str) -> bool:
-    """Whether this is a classifier as timm knows it, by a published name or in a file, and not a training's checkpoint."""
-    if cfg.model.get("type") not in CLASSIFIERS or _runner_class(cfg) is not Runner:
-        return False
-    if not Path(checkpoint).is_file():
-        return Path(checkpoint).suffix not in (".pth", ".pt", ".safetensors") and "/" not in checkpoint
-    try:
-        content = read_checkpoint(checkpoint)
-    except UserError:
-        return False  # the runner says what is wrong with the file
-    weights = content.get("state_dict", content)  # where a training has them
-    return isinstance(weights, dict) and not any(name.startswith("backbone.") for name in weights)
 
 
 def _without_initial_weights(cfg: Config) -> None:

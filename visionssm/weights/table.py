@@ -138,7 +138,7 @@ def checkpoints(pattern: str = "*", task: str | None = None, status: str | None 
 
 
 def find(name: str) -> Checkpoint:
-    """The checkpoint of a name, `model.tag`, or of a model that has only one for classification.
+    """The checkpoint of a name, `model.tag`, or a model's first one for classification, which is timm's default as well.
 
     Raises:
         UserError: no such checkpoint, or one without a file that our models can read; says why.
