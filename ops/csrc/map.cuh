@@ -162,6 +162,12 @@ DEVICE void expand(Own &own, const Rows &rows, const Weight &weight, int lane) {
     for (int i = 0; i < RANK8 / 8; i++) {
         uint32 a[4];
         load_matrices(a, &rows.row[lane % 16][8 * i]);  // twice
+        if (RANK % 8 && i == RANK8 / 8 - 1) {  // B and C follow: of an infinite one a weight of zero would make NaN
+            const int left = RANK % 8 - lane % 4 * 2;
+            const uint32 keep = left > 1 ? 0xffffffffu : left == 1 ? 0xffffu : 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) a[j] &= keep;
+        }
 #pragma unroll
         for (int j = 0; j < 4 * EACH; j += 2) {
             uint32 b[4];

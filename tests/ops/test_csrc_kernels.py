@@ -102,6 +102,22 @@ def test_an_infinity_spoils_no_more_than_it_reaches(kernels, dtype):
     assert torch.equal(y.isposinf(), expected.isposinf())
 
 
+@pytest.mark.parametrize("rank", [3, 6, 8])
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_an_infinite_row_spoils_no_step(kernels, name, rank):
+    """Of dt | B | C, whose B and C lie where a product of 8 ranks would read on."""
+    inputs = cross_selective_scan_inputs(1, (2, 9), 24, 1, ("h", "v"), rank, dtype=BF16, device=DEVICE)
+    for positive in ("x", "B", "C", "D"):  # no difference of two infinities
+        inputs[positive] = inputs[positive].abs()
+    inputs[name][..., 1, 7, :] = float("inf")
+    y = cross_selective_scan(**inputs, paths=("h", "v"), merge=False, backend="triton")
+    expected = cross_selective_scan_ref(**to_float64(inputs), paths=ScanPaths(("h", "v"), (2, 9)), merge=False)
+    assert kernels == ["scan_forward"]
+    assert 0 < expected.isfinite().sum() < expected.numel()
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y.isposinf(), expected.isposinf())
+
+
 def test_values_up_to_the_largest_float(kernels):
     inputs = cross_selective_scan_inputs(1, (4, 5), 24, 1, ("h", "v"), 3, dtype=BF16, device=DEVICE)
     inputs["x"].fill_(1.5)
