@@ -370,7 +370,7 @@ def test_initial_weights_of_another_stride(tmp_path):
         (["train_dataloader.num_workers=1", "train_dataloader.persistent_workers=True"], "persistent_workers: expected False"),
         (["model.initial_weights=vim_tinny.in1k"], "no published checkpoint is called 'vim_tinny.in1k'"),
         (["optim_wrapper.optimizer.type=AdmW"], "optimizer.type: unknown type 'AdmW'; did you mean AdamW"),
-        (["optim_wrapper.optimizer.type=timm.optm.Muon"], "unknown type 'timm.optm.Muon'; did you mean timm.optim"),
+        (["optim_wrapper.optimizer.type=timm.optm.Muon"], "unknown type 'timm.optm.Muon'; did you mean timm.optim.Muon"),
         (["optim_wrapper.optimizer.type=timm.optim.Moun"], "unknown type 'timm.optim.Moun'; did you mean timm.optim.Muon"),
         (["optim_wrapper.optimizer.type=torch.optim.Muon"], "type: torch's Muon takes matrices alone; expected 'visionssm.Muon'"),
         (

@@ -184,7 +184,7 @@ def _check_arguments(path: str, node: Mapping, scope: str | None) -> None:
         ):  # mmdet and mmseg have types outside of registries, and arguments their builders take
             return
         found = _resolve(node["type"])
-        if not found and (known := _names_like(prefix)):
+        if not found and (known := _names_like(node["type"])):
             raise UserError(f"{path}.type: unknown type {node['type']!r}{did_you_mean(node['type'], known)}")
         candidates = [parameters for cls in found if (parameters := _parameters(cls)) is not None]
         if not candidates:
@@ -207,8 +207,9 @@ def _own_types() -> list[str]:
     return [f"{registry.SCOPE}.{name}" for own in registries for name in own.module_dict]
 
 
-def _names_like(prefix: str) -> list[str]:
-    """All types that a name with this prefix could mean: of the registries, or of a module; none where that cannot be told."""
+def _names_like(kind: str) -> list[str]:
+    """All types that an unknown one could mean: of the registries, or of a module; none where that cannot be told."""
+    prefix, _, name = kind.rpartition(".")
     if prefix in ("", registry.SCOPE):
         return [*_own_types(), *(name for searched in _REGISTRIES for name in searched.module_dict)]
     if "." not in prefix:  # another scope, or a package of that name, which may be missing here
@@ -216,8 +217,8 @@ def _names_like(prefix: str) -> list[str]:
     try:
         if find_spec(prefix) is None:  # its package is there, but has no such module
             package = prefix.rpartition(".")[0]
-            return [f"{package}.{module.name}" for module in iter_modules(import_module(package).__path__)]
-        return [f"{prefix}.{name}" for name in vars(import_module(prefix))]
+            return [f"{package}.{module.name}.{name}" for module in iter_modules(import_module(package).__path__)]
+        return [f"{prefix}.{known}" for known in vars(import_module(prefix))]
     except Exception:  # whatever a package raises that does not work here; mmengine passes over it too
         return []
 
