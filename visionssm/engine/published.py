@@ -53,5 +53,6 @@ def load_published(runner: Runner, cfg: Config, checkpoint: str) -> tuple[str, s
         raise UserError(
             f"data_root: its classes are {shortened(classes)}; {name} was trained for {shortened(row.classes)}, in this order"
         )
-    trained = timm.get_pretrained_cfg(name).input_size[-1]
-    return name, None if cfg.input_size == trained else f"{name} is for images of {trained} px, the config has {cfg.input_size}"
+    trained, size = timm.get_pretrained_cfg(name).input_size[-1], cfg.input_size
+    same = size in (trained, [trained] * 2, (trained,) * 2)
+    return name, None if same else f"{name} is for images of {trained} px, the config has {size}"
