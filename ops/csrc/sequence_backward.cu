@@ -14,7 +14,7 @@ struct alignas(16) Shared {
 #if !SUMMARY
     uint16 u[CHANNELS][ROW];
     float B[N][MATRIX_ROW];
-    float dA[N][CHANNELS];
+    float dA[N][CHANNELS], states[N][CHANNELS];
     float grad[CHANNELS][T + 4];
     float sums[WARPS][N][2 * T];
     float columns[8][12];  // of ChannelSums, by lane / 4: the identity, with columns in the pairs that a product takes
@@ -33,17 +33,15 @@ DEVICE void load_row(float (&v)[T], const uint16 *row) {
     }
 }
 
-DEVICE void copy_rows(uint16 (&to)[CHANNELS][ROW], const uint16 *from, int stride, int channels, int thread) {
-    uint32 raw[T];
-    read_rows<FULL>(raw, from, stride, channels, thread);
+DEVICE void write_rows(uint16 (&to)[CHANNELS][ROW], const uint32 (&raw)[T], int thread) {
 #pragma unroll
     for (int i = 0; i < T; i++) to[thread / T + i * ROWS][thread % T] = (uint16)raw[i];
 }
 
-DEVICE void copy_matrix(float (&to)[N][MATRIX_ROW], const uint16 *from, int stride, float times, int thread) {
-    uint32 raw[MATRIX_READS];
-    read_matrix(raw, from, stride, thread);
-    write_matrix(to, raw, times, thread);
+// What a map with adjacent channels holds of a thread's channel, `steps` of a tile and zeros after them.
+DEVICE void read_steps(uint32 (&raw)[T], const uint16 *from, int step, int steps) {
+#pragma unroll
+    for (int t = 0; t < T; t++) raw[t] = t < steps ? *(const uint16 *)((const char *)from + (long long)t * (2 * step)) : 0u;
 }
 
 // delta and dL/dy before the gate, of a thread's tile.
@@ -75,17 +73,15 @@ DEVICE void walk_states(Shared &shared, const float (&step)[T], const float (&gr
     }
 }
 #else
-// For every state: adds up g B (`through_b`), the gradient of delta through the decay (`through_a`), and y without D u. `states` is the
-// thread's channel of those at the tile's start; B came times ln(2).
+// For every state: adds up g B (`through_b`), the gradient of delta through the decay (`through_a`), and y without D u. B came times ln(2).
+// A state that was read makes room for that of the tile before, which comes from `before` while this tile is walked.
 DEVICE void walk_states(
     Shared &shared, float (&through_b)[T], float (&through_a)[T], float (&y)[T], const float (&step)[T], const float (&input)[T],
-    const float *states, int stride, bool real, int own) {
+    const float *before, int stride, bool more, int own) {
     const int lane = own % 32;
-    float next = real ? *states : 0.f;
 #pragma unroll 1
     for (int n = 0; n < N; n++) {
-        const float decay = shared.A[n][own], slow = decay * LN2, start = next;
-        if (real && n + 1 < N) next = *(states += stride);
+        const float decay = shared.A[n][own], slow = decay * LN2, start = shared.states[n][own];
         float carry = shared.carry[n][own], dA = 0.f, h = start;
         float a[T], hs[T];
 #pragma unroll
@@ -98,6 +94,8 @@ DEVICE void walk_states(
                 hs[t + i] = h = a[t + i] * h + input[t + i] * b[i];
             }
         }
+        if (more) copy_word(&shared.states[n][own], before, true);
+        before += stride;
         ChannelSums sums;
         sums.clear();
         float columns[8], after_b = 0.f, after_c = 0.f;
@@ -174,12 +172,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
     dy += (long long)work.batch * dy_batch + c + own;
     carry += (path * splits + work.split) * N * channels + work.first_channel + own;
 
+    states += path * tiles * N * channels + work.first_channel + own;
+
     load_decay(shared.A, A + (long long)c * N, work.left, thread);
 #pragma unroll
     for (int n = 0; n < N; n++) {
         shared.carry[n][own] = !SUMMARY && work.split + 1 < splits && real ? carry[n * channels] : 0.f;
 #if !SUMMARY
         shared.dA[n][own] = 0.f;
+        shared.states[n][own] = 0.f;
+        if (real) copy_word(&shared.states[n][own], states + ((long long)(end - 1) * N + n) * channels, true);
 #endif
     }
 #if !SUMMARY
@@ -195,7 +197,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
     const int block = work.first_channel / CHANNELS;
     const long long part = (long long)batch * groups * N * length;
     parts += 2 * block * part + path * N * length;
-    states += path * tiles * N * channels + work.first_channel + own;
     const long long image = (long long)work.batch * length * dim + c + own;
     du += image, ddelta += image, dz += image;
 #endif
@@ -205,17 +206,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         const int steps = length - first_step < T ? length - first_step : T;
         __syncthreads();  // the last tile's sums are stored
         const int read = existing(first_step + thread % T, length);
-        copy_rows(shared.delta, delta + read, delta_row, work.left, thread);
-        if (HAS_Z) copy_rows(shared.z, z + read, z_row, work.left, thread);
-        copy_matrix(shared.C, C + read, C_row, 1.f, thread);
+        // all reads before the first write, which waits for one
+        uint32 raw_delta[T], raw_z[T], raw_C[MATRIX_READS];
+        read_rows<FULL>(raw_delta, delta + read, delta_row, work.left, thread);
+        if (HAS_Z) read_rows<FULL>(raw_z, z + read, z_row, work.left, thread);
+        read_matrix(raw_C, C + read, C_row, thread);
 #if !SUMMARY
-        copy_rows(shared.u, u + read, u_row, work.left, thread);
-        copy_matrix(shared.B, B + read, B_row, LN2, thread);
+        uint32 raw_u[T], raw_B[MATRIX_READS];
+        read_rows<FULL>(raw_u, u + read, u_row, work.left, thread);
+        read_matrix(raw_B, B + read, B_row, thread);
+#endif
+        uint32 raw_dy[T];
+        const uint16 *grads = dy + (long long)first_step * dy_step;
+        read_steps(raw_dy, grads, dy_step, real ? steps : 0);
+        write_rows(shared.delta, raw_delta, thread);
+        if (HAS_Z) write_rows(shared.z, raw_z, thread);
+        write_matrix(shared.C, raw_C, 1.f, thread);
+#if !SUMMARY
+        write_rows(shared.u, raw_u, thread);
+        write_matrix(shared.B, raw_B, LN2, thread);
+        wait_copies();  // of states
 #endif
         float step[T], grad[T];
-        const uint16 *grads = dy + (long long)first_step * dy_step;
 #pragma unroll
-        for (int t = 0; t < T; t++) grad[t] = real && t < steps ? to_float(*(const uint16 *)((const char *)grads + (long long)t * (2 * dy_step))) : 0.f;
+        for (int t = 0; t < T; t++) grad[t] = to_float((uint16)raw_dy[t]);
         __syncthreads();
         open_tile(step, grad, shared.delta[own], shared.z[own], own_bias);
 #if SUMMARY
@@ -232,8 +246,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
             through_b[t] = through_a[t] = y[t] = 0.f;
         }
         walk_states(
-            shared, through_b, through_a, y, step, input, states + (long long)tile * N * channels, channels, real, own);
-        grads = afresh(grads);
+            shared, through_b, through_a, y, step, input, states + (long long)(tile - 1) * N * channels, channels, real && tile > begin,
+            own);
+        if (HAS_Z) read_steps(raw_dy, afresh(grads), dy_step, real ? steps : 0);  // again: registers are short
         float value[T], v[T], gate[T];
         char *const to_du = (char *)(du + (long long)first_step * dim), *const to_dz = (char *)(dz + (long long)first_step * dim);
         char *const to_ddelta = (char *)(ddelta + (long long)first_step * dim);
@@ -257,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
             *(uint16 *)(to_ddelta + at) = to_map(change);
             if (HAS_Z) {
                 const float open = reciprocal(1.f + exp2_fast(gate[t] * -LOG2E));
-                const float out = to_float(*(const uint16 *)((const char *)grads + (long long)t * (2 * dy_step)));
+                const float out = to_float((uint16)raw_dy[t]);
                 *(uint16 *)(to_dz + at) = to_map(out * (y[t] + skip * value[t]) * open * (1.f + gate[t] * (1.f - open)));
             }
         }

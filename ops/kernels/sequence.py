@@ -204,7 +204,7 @@ def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
     matrices, parameters = 4 * n * (STEPS + 4), 4 * n * channels
     if kernel == "sequence_backward":
         rows, sums, grad = 2 * (STEPS + 8) * channels, 8 * STEPS * n * warps, 4 * (STEPS + 4) * channels
-        return (2 + full) * (rows + parameters) + (1 + full) * matrices + full * (grad + sums + 384)
+        return (2 + full) * (rows + parameters) + full * parameters + (1 + full) * matrices + full * (grad + sums + 384)
     if kernel == "sequence_spread":
         return 2 * (2 * matrices + 4 * channels * (10 * STEPS + 40))
     return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (channels + 1) + 8 * channels + 16
