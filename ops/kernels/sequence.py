@@ -44,6 +44,8 @@ class Plan:
     """A sequence is split only where it must be to fill the device: it is then scanned twice."""
     lanes: int = 1
     """Threads of a channel."""
+    ahead: int = 0
+    """Tiles that sequence_spread asks for into L2 before it reads one."""
 
     @property
     def warps(self) -> int:
@@ -194,7 +196,7 @@ class Sequence:
 
 def shape_macros(n: int, plan: Plan) -> dict[str, int]:
     """What a kernel of N states is compiled for by its plan."""
-    return {"N": n, "LANES": plan.lanes, "WARPS": plan.warps, "BLOCKS": _RESIDENT[plan.kernel] // plan.warps}
+    return {"N": n, "LANES": plan.lanes, "WARPS": plan.warps, "BLOCKS": _RESIDENT[plan.kernel] // plan.warps, "AHEAD": plan.ahead}
 
 
 def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:

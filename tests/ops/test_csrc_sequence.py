@@ -17,12 +17,12 @@ FORWARD, BACKWARD, SPREAD = "sequence_forward", "sequence_backward", "sequence_s
 def plan(monkeypatch):
     """Cut up the work as a test wants it, whatever the device."""
 
-    def choose(channels=32, tiles_per_split=1000, spread=False, spread_channels=8):
+    def choose(channels=32, tiles_per_split=1000, spread=False, spread_channels=8, ahead=0):
         from visionssm.ops.kernels import sequence
 
         backward = sequence.Plan(BACKWARD, channels, tiles_per_split)
         threads = sequence.Plan(FORWARD, channels, tiles_per_split)
-        forward = sequence.Plan(SPREAD, spread_channels, 1000, lanes=8) if spread else threads
+        forward = sequence.Plan(SPREAD, spread_channels, 1000, lanes=8, ahead=ahead) if spread else threads
         monkeypatch.setattr(sequence, "backward_plan", lambda *sizes: backward)
         monkeypatch.setattr(sequence, "forward_plan", lambda *sizes: forward)
 
@@ -82,10 +82,10 @@ def test_states_spread_over_lanes(kernels, plan, sizes, options, softplus):  # n
     assert kernels == [SPREAD, BACKWARD]
 
 
-@pytest.mark.parametrize("channels", [16, 24, 32])
-def test_blocks_of_spread_states(kernels, plan, channels):  # noqa: F811
-    plan(spread=True, spread_channels=channels)
-    check(selective_scan_inputs(2, 96, 37, 16, device=DEVICE, dtype=F16))
+@pytest.mark.parametrize(("channels", "ahead"), [(16, 0), (24, 1), (32, 2)])
+def test_blocks_of_spread_states(kernels, plan, channels, ahead):  # noqa: F811
+    plan(spread=True, spread_channels=channels, ahead=ahead)
+    check(selective_scan_inputs(2, 96, 53, 16, z=ahead < 2, device=DEVICE, dtype=F16))
     assert kernels == [SPREAD, BACKWARD]
 
 

@@ -97,7 +97,7 @@ def test_sources_that_nvrtc_refuses(monkeypatch, function):
 
     if function is selective_scan:
         inputs, options = selective_scan_inputs(64, 64, 96, 16, dtype=torch.bfloat16, device="cuda"), {"delta_softplus": True}
-        kernels = ("sequence_forward", "sequence_backward")
+        kernels = ("sequence_spread", "sequence_backward")
     else:
         inputs = pack(cross_selective_scan_inputs(64, (8, 8), 96, 1, CROSS, 6, dtype=torch.bfloat16, device="cuda"))
         options, kernels = {"paths": CROSS}, ("scan_forward", "scan_backward")
