@@ -27,8 +27,14 @@ _LANES = 8
 _SHORT = 1024
 """Steps of a sequence for which a second scan costs more than lanes that stay idle."""
 
-_ENOUGH = 8
+_ENOUGH = 5
 """Warps of sequence_spread on a multiprocessor from which on it is faster than a second scan."""
+
+_FEW = 8
+"""Warps of sequence_spread on a multiprocessor below which they do not hide each other's reads from memory."""
+
+_AHEAD = 4
+"""Tiles that so few ask for before they read them."""
 
 _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit integers
 
@@ -62,7 +68,7 @@ def forward_plan(n: int, batch: int, groups: int, channels: int, length: int, pr
     threads = _thread_plan("sequence_forward", batch, groups, channels, length, processors)
     split = threads.tiles_per_split < -(-length // STEPS)
     fits = n == 16 and channels % 8 == 0
-    enough = length <= _SHORT or batch * groups * channels * _LANES >= 32 * _ENOUGH * processors
+    enough = length <= _SHORT or batch * groups * channels * _LANES // 32 >= _ENOUGH * processors
     return spread_plan(batch, groups, channels, length, processors) if fits and split and enough else threads
 
 
@@ -73,7 +79,8 @@ def spread_plan(batch: int, groups: int, channels: int, length: int, processors:
         return -(-(channels // block * groups * batch) // processors) * block
 
     block = min((block for block in (32, 24, 16, 8) if channels % block == 0), key=most)
-    return Plan("sequence_spread", block, -(-length // STEPS), _LANES)
+    few = batch * groups * channels * _LANES // 32 < _FEW * processors
+    return Plan("sequence_spread", block, -(-length // STEPS), _LANES, _AHEAD if few and length > _SHORT else 0)
 
 
 def _thread_plan(kernel: str, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:

@@ -96,6 +96,13 @@ def test_the_blocks_of_spread_states(batch, channels, block):
     assert spread_plan(batch, 1, channels, 6085, processors=132).channels == block
 
 
+@pytest.mark.parametrize(("batch", "length", "ahead"), [(8, 6085, True), (16, 6085, False), (8, 197, False)])
+def test_only_few_warps_over_a_long_sequence_ask_ahead(batch, length, ahead):
+    from visionssm.ops.kernels.sequence import spread_plan
+
+    assert (spread_plan(batch, 1, 384, length, processors=132).ahead > 0) == ahead
+
+
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_states_that_cancel(kernels, plan, dtype, spread):  # noqa: F811
@@ -177,7 +184,8 @@ def test_strided_operands(kernels, plan, state, spread):  # noqa: F811
         (16, 32, 384, 197, SPREAD),
         (16, 256, 384, 197, FORWARD),  # enough channels
         (16, 1, 384, 6085, FORWARD),  # in splits
-        (16, 8, 384, 6085, FORWARD),
+        (16, 4, 384, 6085, FORWARD),
+        (16, 8, 384, 6085, SPREAD),
         (16, 16, 384, 6085, SPREAD),
         (16, 16, 388, 6085, FORWARD),
         (8, 1, 384, 197, FORWARD),
