@@ -93,7 +93,8 @@ DEVICE uint32 bfloats(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-// Sixteen bytes, or four, from global to shared memory while the thread goes on, or zeros; both addresses are multiples of that.
+// Sixteen bytes, or four, from global to shared memory while the thread goes on, or zeros; both addresses are multiples of that. The four
+// may take the place of a number that the thread has just read: no read moves behind the copy.
 DEVICE void copy_async(void *to, const void *from, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 16 : 0));
 }

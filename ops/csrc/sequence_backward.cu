@@ -1,9 +1,9 @@
 // The backward scan over mamba's layout.
 //
 // With g = dL/dh: g[t] = C[t] dy[t] + a[t+1] g[t+1]. Every tile is walked twice for each state, down, to recompute what it was from the
-// one saved at the tile's start, and up; between tiles the gradient that comes back, and the sum for dA, rest in shared memory. Sums over
-// channels (dB, dC) are complete for a block, sums over steps (dA, dD, dbias) for an image and split: the launcher adds up the rest in a
-// fixed order.
+// one saved at the tile's start, which came while the tile after it was walked, and up; between tiles the gradient that comes back, and
+// the sum for dA, rest in shared memory. Sums over channels (dB, dC) are complete for a block, sums over steps (dA, dD, dbias) for an
+// image and split: the launcher adds up the rest in a fixed order.
 
 constexpr int ROW = T + 8;  // of a map in shared memory: lanes that read 16 bytes of their own rows do not share a bank
 
@@ -170,9 +170,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
     B = share(B + (long long)work.batch * B_batch + (long long)work.k * B_group, B_row, thread);
     C = share(C + (long long)work.batch * C_batch + (long long)work.k * C_group, C_row, thread);
     dy += (long long)work.batch * dy_batch + c + own;
-    carry += (path * splits + work.split) * N * channels + work.first_channel + own;
-
     states += path * tiles * N * channels + work.first_channel + own;
+    carry += (path * splits + work.split) * N * channels + work.first_channel + own;
 
     load_decay(shared.A, A + (long long)c * N, work.left, thread);
 #pragma unroll
@@ -180,8 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         shared.carry[n][own] = !SUMMARY && work.split + 1 < splits && real ? carry[n * channels] : 0.f;
 #if !SUMMARY
         shared.dA[n][own] = 0.f;
-        shared.states[n][own] = 0.f;
-        if (real) copy_word(&shared.states[n][own], states + ((long long)(end - 1) * N + n) * channels, true);
+        copy_word(&shared.states[n][own], states + ((long long)(end - 1) * N + n) * channels, real);
 #endif
     }
 #if !SUMMARY
@@ -206,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         const int steps = length - first_step < T ? length - first_step : T;
         __syncthreads();  // the last tile's sums are stored
         const int read = existing(first_step + thread % T, length);
-        // all reads before the first write, which waits for one
+        // every read is on its way before the first write waits for one
         uint32 raw_delta[T], raw_z[T], raw_C[MATRIX_READS];
         read_rows<FULL>(raw_delta, delta + read, delta_row, work.left, thread);
         if (HAS_Z) read_rows<FULL>(raw_z, z + read, z_row, work.left, thread);
@@ -246,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
             through_b[t] = through_a[t] = y[t] = 0.f;
         }
         walk_states(
-            shared, through_b, through_a, y, step, input, states + (long long)(tile - 1) * N * channels, channels, real && tile > begin,
-            own);
+            shared, through_b, through_a, y, step, input, states + (long long)(tile - 1) * N * channels, channels,
+            real && tile > begin, own);
         if (HAS_Z) read_steps(raw_dy, afresh(grads), dy_step, real ? steps : 0);  // again: registers are short
         float value[T], v[T], gate[T];
         char *const to_du = (char *)(du + (long long)first_step * dim), *const to_dz = (char *)(dz + (long long)first_step * dim);

@@ -129,7 +129,7 @@ def test_of_several_runs_the_last_is_shipped(copied, trained):
 def test_the_images_of_a_recipe_are_those_of_its_weights(copied, trained):
     """Weights of a recipe that enlarges them have a tag of their own, and timm's config of it says so."""
     copy, run = copied
-    name = "vmamba-nano-64px-muon-150e_cifar10"
+    name = "vmamba-nano-64px-muon-189e_cifar10"
     weights = timm.create_model("vmamba_nano", num_classes=10).state_dict()
     save_file(weights, trained / "vmamba_nano.cifar10_64px.safetensors")
     with (trained / "cifar10_h100.csv").open("a", newline="") as file:
