@@ -14,7 +14,7 @@ constexpr int CHANNELS = THREADS / LANES;                      // of a block
 constexpr int READERS = LANES == 1 ? THREADS : THREADS / 2;    // threads that read
 constexpr int MATRIX_READS = (N * T + READERS - 1) / READERS;  // a reader's share of a tile of B or C; of a map it is T
 constexpr int ROWS = READERS / T;                              // rows that are read at once
-constexpr int MATRIX_ROW = T + 4;  // of a matrix in shared memory: the rows that a warp reads at once do not share a bank
+constexpr int MATRIX_ROW = LANES == 1 ? T : T + 4;  // of a matrix in shared memory: rows that a warp reads at once do not share a bank
 
 struct Work {  // of a block
     int k, split, batch;

@@ -210,7 +210,7 @@ def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
     """Size of csrc's `Shared`, which asserts it."""
     n, warps, full = macros["N"], macros["WARPS"], 1 - macros["SUMMARY"]
     channels = 32 * warps // macros["LANES"]
-    matrices, parameters = 4 * n * (STEPS + 4), 4 * n * channels
+    matrices, parameters = 4 * n * (STEPS + (4 if macros["LANES"] > 1 else 0)), 4 * n * channels
     if kernel == "sequence_backward":
         rows, sums, grad = 2 * (STEPS + 8) * channels, 8 * STEPS * n * warps, 4 * (STEPS + 4) * channels
         return (2 + full) * (rows + parameters) + full * parameters + (1 + full) * matrices + full * (grad + sums + 384)

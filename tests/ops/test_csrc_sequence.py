@@ -53,6 +53,8 @@ def check(inputs, softplus=True):
         ((1, 8, 50, 16), {"dtype": BF16, "groups": 4, "D": False}, False),
         ((1, 3, 197, 16), {"dtype": F16, "delta_bias": False}, False),
         ((1, 128, 33, 16), {"dtype": BF16, "step_range": (1e-3, 0.1)}, True),
+        ((1, 40, 34, 32), {"dtype": F16}, True),
+        ((1, 33, 33, 5), {"dtype": BF16}, True),
     ],
     ids=str,
 )
