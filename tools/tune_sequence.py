@@ -27,7 +27,7 @@ TODAY = sequence.forward_plan
 def plans(batch: int, channels: int, length: int) -> Iterator[sequence.Plan]:
     """A thread a channel, then lanes that share one."""
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    yield sequence._thread_plan("sequence_forward", batch, 1, channels, length, processors)
+    yield sequence.thread_plan("sequence_forward", 16, batch, 1, channels, length, processors)
     spread = sequence.spread_plan(batch, 1, channels, length, processors)
     for block in BLOCKS:
         yield sequence.Plan(spread.kernel, block, spread.tiles_per_split, spread.lanes)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 MAX_RANK = 64
 """Largest rank of the step: beyond it the weight does not fit shared memory."""
 
-_SHARED = 227 * 1024  # of a Hopper multiprocessor; elsewhere fewer blocks run at once
+SHARED = 227 * 1024
+"""Bytes of shared memory of a Hopper multiprocessor, 1024 of which go with every block; elsewhere fewer blocks run at once."""
+
 _LARGEST = 2**30  # strides travel as 32-bit integers, and are doubled there; sums of them do not
 _SOURCES = Path(__file__).parent.parent / "csrc"
 
@@ -138,7 +140,7 @@ class _Case:
         batch = scan.x.shape[0]
         # All blocks run at once: the next image's reads then hide behind the last one's work.
         self.shared_bytes = self._shared_bytes(kernel == "scan_backward")
-        self.resident = min(self.variant.resident * 32 // self.threads, _SHARED // (self.shared_bytes + 1024))
+        self.resident = min(self.variant.resident * 32 // self.threads, SHARED // (self.shared_bytes + 1024))
         per_block = -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
         self.images = (batch, per_block)
         self.groups = -(-batch // per_block)

@@ -6,7 +6,7 @@ cuda.py for how kernels are compiled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ STATES = range(4, 33)
 """Numbers of state variables that are served."""
 
 _RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread": 16}
-"""Warps of a kernel on a multiprocessor: what registers have room for."""
+"""Warps of a kernel on a multiprocessor that registers have room for."""
 
 _LANES = 8
 """Threads that sequence_spread gives a channel of 16 states: four lanes that scan, four that read ahead."""
@@ -58,14 +58,14 @@ class Plan:
         return self.channels * self.lanes // 32
 
 
-def backward_plan(batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
+def backward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
     """A thread a channel."""
-    return _thread_plan("sequence_backward", batch, groups, channels, length, processors)
+    return thread_plan("sequence_backward", n, batch, groups, channels, length, processors)
 
 
 def forward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
     """A thread a channel; where that would split a sequence which is short or has channels enough, lanes that share a channel."""
-    threads = _thread_plan("sequence_forward", batch, groups, channels, length, processors)
+    threads = thread_plan("sequence_forward", n, batch, groups, channels, length, processors)
     split = threads.tiles_per_split < -(-length // STEPS)
     fits = n == 16 and channels % 8 == 0
     enough = length <= _SHORT or batch * groups * channels * _LANES // 32 >= _ENOUGH * processors
@@ -83,12 +83,17 @@ def spread_plan(batch: int, groups: int, channels: int, length: int, processors:
     return Plan("sequence_spread", block, -(-length // STEPS), _LANES, _AHEAD if few and length > _SHORT else 0)
 
 
-def _thread_plan(kernel: str, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
+def thread_plan(kernel: str, n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
     """Blocks as large as can be, for they share B and C, with as few idle lanes as can be; as many splits as run at once."""
-    block = min((128, 64, 32), key=lambda block: -channels % block)
+    plan = Plan(kernel, min((128, 64, 32), key=lambda block: -channels % block), tiles_per_split=0)
     warps, tiles = -(-channels // 32) * groups * batch, -(-length // STEPS)
-    splits = max(_RESIDENT[kernel] * processors // warps, 1)
-    return Plan(kernel, block, max(-(-tiles // splits), 2))
+    splits = max(_blocks_at_once(n, plan) * plan.warps * processors // warps, 1)
+    return replace(plan, tiles_per_split=max(-(-tiles // splits), 2))
+
+
+def _blocks_at_once(n: int, plan: Plan) -> int:
+    """Blocks of a plan that registers and shared memory of a multiprocessor have room for."""
+    return max(min(_RESIDENT[plan.kernel] // plan.warps, cuda.SHARED // (_shared_bytes(n, plan) + 1024)), 1)
 
 
 def suits(tensors: tuple[Tensor | None, ...], A: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
@@ -144,7 +149,7 @@ class Sequence:
         Returns:
             du, ddelta, dz (batch, length, dim), dA, dB, dC, dD, dbias; that of an operand that is None is empty.
         """
-        u, plan = self.u, backward_plan(*self.sizes)
+        u, plan = self.u, backward_plan(self.n, *self.sizes)
         blocks, splits = self._blocks(plan), self._splits(plan)
         dy = dy if 2 * max(dy.stride()) < _LARGEST else dy.contiguous()
         du, ddelta, dz = (u.new_empty((0,) if m is None else dy.shape) for m in (u, self.delta, self.z))
@@ -188,7 +193,7 @@ class Sequence:
             "HAS_Z": int(self.z is not None), "HAS_BIAS": int(self.bias is not None), "SOFTPLUS": int(self.softplus),
             **flags,
         }  # fmt: skip
-        shared_bytes = _shared_bytes(plan.kernel, macros)
+        shared_bytes = _shared_bytes(self.n, plan, summary=bool(flags["SUMMARY"]))
         options = tuple(f"-D{name}={value}" for name, value in (macros | {"SHARED_BYTES": shared_bytes}).items())
         compiled = cuda.compile_kernel(plan.kernel, options, u.device, shared_bytes)
         operands = [u, self.delta, self.z, self.B, self.C, self.A, self.D, self.bias]
@@ -203,17 +208,16 @@ class Sequence:
 
 def shape_macros(n: int, plan: Plan) -> dict[str, int]:
     """What a kernel of N states is compiled for by its plan."""
-    return {"N": n, "LANES": plan.lanes, "WARPS": plan.warps, "BLOCKS": _RESIDENT[plan.kernel] // plan.warps, "AHEAD": plan.ahead}
+    return {"N": n, "LANES": plan.lanes, "WARPS": plan.warps, "BLOCKS": _blocks_at_once(n, plan), "AHEAD": plan.ahead}
 
 
-def _shared_bytes(kernel: str, macros: dict[str, int]) -> int:
+def _shared_bytes(n: int, plan: Plan, summary: bool = False) -> int:
     """Size of csrc's `Shared`, which asserts it."""
-    n, warps, full = macros["N"], macros["WARPS"], 1 - macros["SUMMARY"]
-    channels = 32 * warps // macros["LANES"]
-    matrices, parameters = 4 * n * (STEPS + (4 if macros["LANES"] > 1 else 0)), 4 * n * channels
-    if kernel == "sequence_backward":
-        rows, sums, grad = 2 * (STEPS + 8) * channels, 8 * STEPS * n * warps, 4 * (STEPS + 4) * channels
+    full = not summary
+    matrices, parameters = 4 * n * (STEPS + (4 if plan.lanes > 1 else 0)), 4 * n * plan.channels
+    if plan.kernel == "sequence_backward":
+        rows, sums, grad = 2 * (STEPS + 8) * plan.channels, 8 * STEPS * n * plan.warps, 4 * (STEPS + 4) * plan.channels
         return (2 + full) * (rows + parameters) + full * parameters + (1 + full) * matrices + full * (grad + sums + 384)
-    if kernel == "sequence_spread":
-        return 2 * (2 * matrices + 4 * channels * (10 * STEPS + 40))
-    return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (channels + 1) + 8 * channels + 16
+    if plan.kernel == "sequence_spread":
+        return 2 * (2 * matrices + 4 * plan.channels * (10 * STEPS + 40))
+    return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (plan.channels + 1) + 8 * plan.channels + 16
