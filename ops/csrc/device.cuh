@@ -101,7 +101,7 @@ DEVICE void copy_async(void *to, const void *from, bool real) {
 DEVICE void copy_word(void *to, const void *from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
-DEVICE void prefetch(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }  // the 32 bytes around an address
+DEVICE void prefetch(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }  // what is around an address
 DEVICE void store_if(uint32 condition, uint32 *to, uint32 v) {  // without a branch
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u32 [%0], %1; }" ::"l"(to), "r"(v), "r"(condition) : "memory");
 }

@@ -3,8 +3,8 @@
 // Half of a block's warps scan, eight channels each, the others open: they read a tile, work out its delta and delta u B's shares while
 // the tile before it is scanned, and finish y of the one before that. So the scan waits for nothing but its exponentials. Lane 4 g + q scans
 // states 4 q to 4 q + 3 of channel g, or opens its steps q, q + 4, q + 8 and q + 12. Tensor cores make delta u B, of a step, and add up
-// y, over the lanes of a channel. The warps meet once a tile. Few warps do not hide a read from memory by one tile: AHEAD tiles before it
-// is read, if not 0, a tile is asked for into L2, of a row its last bytes, for the others came with the tile before it.
+// y, over the lanes of a channel. The warps meet once a tile, in less time than a read from memory takes: AHEAD tiles before it is
+// read, if not 0, a tile is asked for into L2, of a row its last bytes, for the others came with the tile before it.
 
 static_assert(N == 16 && T == N && LANES == 8, "a lane that scans has four states, one that opens four steps");
 constexpr int EACH = 4;            // states of a lane, or its steps of a tile

@@ -27,14 +27,14 @@ _LANES = 8
 _SHORT = 1024
 """Steps of a sequence for which a second scan costs more than lanes that stay idle."""
 
-_ENOUGH = 5
+_ENOUGH = 8
 """Warps of sequence_spread on a multiprocessor from which on it is faster than a second scan."""
 
-_FEW = 8
-"""Warps of sequence_spread on a multiprocessor below which they do not hide each other's reads from memory."""
+_ALONE = 0.95
+"""Share of the multiprocessors from which on blocks of 24 channels, one on each, are faster as well, if they ask ahead."""
 
 _AHEAD = 4
-"""Tiles that so few ask for before they read them."""
+"""Tiles that they ask for before they read them. Other blocks lose by it."""
 
 _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit integers
 
@@ -66,10 +66,11 @@ def backward_plan(n: int, batch: int, groups: int, channels: int, length: int, p
 def forward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
     """A thread a channel; where that would split a sequence which is short or has channels enough, lanes that share a channel."""
     threads = thread_plan("sequence_forward", n, batch, groups, channels, length, processors)
-    split = threads.tiles_per_split < -(-length // STEPS)
-    fits = n == 16 and channels % 8 == 0
-    enough = length <= _SHORT or batch * groups * channels * _LANES // 32 >= _ENOUGH * processors
-    return spread_plan(batch, groups, channels, length, processors) if fits and split and enough else threads
+    if n != 16 or channels % 8 or threads.tiles_per_split >= -(-length // STEPS):
+        return threads
+    spread = spread_plan(batch, groups, channels, length, processors)
+    warps = batch * groups * channels * _LANES // 32
+    return spread if length <= _SHORT or warps >= _ENOUGH * processors or spread.ahead else threads
 
 
 def spread_plan(batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
@@ -79,8 +80,8 @@ def spread_plan(batch: int, groups: int, channels: int, length: int, processors:
         return -(-(channels // block * groups * batch) // processors) * block
 
     block = min((block for block in (32, 24, 16, 8) if channels % block == 0), key=most)
-    few = batch * groups * channels * _LANES // 32 < _FEW * processors
-    return Plan("sequence_spread", block, -(-length // STEPS), _LANES, _AHEAD if few and length > _SHORT else 0)
+    alone = block == 24 and _ALONE * processors <= channels // block * groups * batch <= processors
+    return Plan("sequence_spread", block, -(-length // STEPS), _LANES, _AHEAD if alone and length > _SHORT else 0)
 
 
 def thread_plan(kernel: str, n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:

@@ -127,7 +127,7 @@ static void wait_copies() {
         copy.from ? (void)std::memcpy(copy.to, copy.from, copy.bytes) : (void)std::memset(copy.to, 0, copy.bytes);
     emulator::copies[emulator::current].clear();
 }
-static void prefetch(const void *from) { touched = *(const volatile char *)from; }  // so that an address that does not exist shows
+static void prefetch(const void *from) { touched = *(const volatile char *)from; }  // for AddressSanitizer
 template <class V>
 static void store_if(uint32_t condition, V *to, V v) {
     if (condition) *to = v;

@@ -84,10 +84,10 @@ def test_states_spread_over_lanes(kernels, plan, sizes, options, softplus):  # n
     assert kernels == [SPREAD, BACKWARD]
 
 
-@pytest.mark.parametrize(("channels", "ahead"), [(16, 0), (24, 1), (32, 2)])
+@pytest.mark.parametrize(("channels", "ahead"), [(16, 0), (24, 4), (32, 2)])
 def test_blocks_of_spread_states(kernels, plan, channels, ahead):  # noqa: F811
     plan(spread=True, spread_channels=channels, ahead=ahead)
-    check(selective_scan_inputs(2, 96, 53, 16, z=ahead < 2, device=DEVICE, dtype=F16))
+    check(selective_scan_inputs(2, 96, 53 + 16 * ahead, 16, z=ahead < 4, device=DEVICE, dtype=F16))
     assert kernels == [SPREAD, BACKWARD]
 
 
@@ -98,11 +98,14 @@ def test_the_blocks_of_spread_states(batch, channels, block):
     assert spread_plan(batch, 1, channels, 6085, processors=132).channels == block
 
 
-@pytest.mark.parametrize(("batch", "length", "ahead"), [(8, 6085, True), (16, 6085, False), (8, 197, False)])
-def test_only_few_warps_over_a_long_sequence_ask_ahead(batch, length, ahead):
+@pytest.mark.parametrize(
+    ("batch", "channels", "length", "ahead"),
+    [(8, 384, 6085, True), (16, 384, 6085, False), (8, 384, 197, False), (8, 352, 6085, False)],
+)
+def test_one_block_a_multiprocessor_asks_ahead(batch, channels, length, ahead):
     from visionssm.ops.kernels.sequence import spread_plan
 
-    assert (spread_plan(batch, 1, 384, length, processors=132).ahead > 0) == ahead
+    assert (spread_plan(batch, 1, channels, length, processors=132).ahead > 0) == ahead
 
 
 @pytest.mark.parametrize("spread", [False, True])
@@ -186,8 +189,10 @@ def test_strided_operands(kernels, plan, state, spread):  # noqa: F811
         (16, 32, 384, 197, SPREAD),
         (16, 256, 384, 197, FORWARD),  # enough channels
         (16, 1, 384, 6085, FORWARD),  # in splits
-        (16, 4, 384, 6085, FORWARD),
+        (16, 7, 384, 6085, FORWARD),
         (16, 8, 384, 6085, SPREAD),
+        (16, 8, 352, 6085, FORWARD),  # in blocks of 8
+        (16, 9, 384, 6085, FORWARD),
         (16, 16, 384, 6085, SPREAD),
         (16, 16, 388, 6085, FORWARD),
         (8, 1, 384, 197, FORWARD),
