@@ -324,6 +324,16 @@ def test_shards_that_cannot_be_shared_out(world_size, num_workers, message, tmp_
         stream.set_loader(4, num_workers)
 
 
+@needs_webdataset
+def test_fewer_shards_than_processes_in_validation(tmp_path, monkeypatch):
+    """Every process says so, also those that would have one."""
+    write_shards(tmp_path, shards=2)
+    for rank in range(3):
+        monkeypatch.setattr("visionssm.engine.stream.get_dist_info", lambda rank=rank: (rank, 3))
+        with pytest.raises(UserError, match=r"split 'validation': 2 shards for 3 processes; expected at least one for each"):
+            ImageStream("wds/", "validation", str(tmp_path), num_classes=48)
+
+
 def test_repeated_augmentation(monkeypatch):
     data = list(range(600))
 

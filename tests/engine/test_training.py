@@ -446,6 +446,61 @@ def test_resume_with_other_batches(tiny, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["optim_wrapper.optimizer._delete_=True", "optim_wrapper.optimizer.type=SGD", "optim_wrapper.optimizer.lr=0.1"],
+            "no momentum",
+        ),
+        (["optim_wrapper.constructor=DefaultOptimWrapperConstructor"], "the checkpoint has groups of"),
+    ],
+)
+def test_resume_with_another_optimizer(tiny, options, message, capsys):
+    config, work = tiny
+    assert main_train([str(config), "--work-dir", str(work), "--cfg-options", "train_cfg.max_epochs=1"]) == 0
+    capsys.readouterr()
+    assert main_train([str(config), "--work-dir", str(work), "--resume", "--cfg-options", *options]) == 1
+    assert message in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("decay", [-1, 0, 1.5, "a"])
+def test_a_layer_decay_that_is_no_share(decay):
+    with pytest.raises(UserError, match=r"paramwise_cfg.layer_decay: got .*, expected a number in \(0, 1\]"):
+        OptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1e-3}}, {"layer_decay": decay})
+
+
+@pytest.fixture
+def mirrored(photographs, tmp_path):
+    """A config of two classes, the options that name them the other way round, and a work directory."""
+    config, names = tmp_path / "two.py", tmp_path / "names.txt"
+    config.write_text(
+        f"_base_ = {str(config_path('classification/vmamba-nano_imagefolder'))!r}\n"
+        f"data_root = {str(photographs)!r}\ninput_size = 32\n"
+        "model = dict(backbone=dict(model_name='test_resnet', num_classes=2))\n"
+        "train_cfg = dict(max_epochs=1, val_interval=1)\ntrain_dataloader = dict(batch_size=4, num_workers=0)\n"
+        "val_dataloader = dict(num_workers=0)\ntest_dataloader = dict(num_workers=0)\nparam_scheduler = []\n"
+    )
+    names.write_text("dark\nbright\n")
+    return config, {split: f"{split}_dataloader.dataset.class_map={names}" for split in ("train", "val", "test")}, tmp_path / "work"
+
+
+def test_labels_in_another_order_than_in_training(mirrored, capsys):
+    """In validation, on resuming and in a test: the number of classes is the same, and every percentage would be wrong."""
+    config, maps, work = mirrored
+    command, message = [str(config), "--work-dir", str(work)], "label 0 is {!r} in the {} data and {!r} in training"
+    assert main_train([*command, "--cfg-options", maps["train"]]) == 1
+    assert message.format("bright", "val", "dark") in one_line(capsys.readouterr().err)
+    assert main_train([*command, "--cfg-options", *maps.values()]) == 0
+    capsys.readouterr()
+    assert main_test([str(config), str(work / "epoch_1.pth")]) == 1
+    assert message.format("bright", "test", "dark") in one_line(capsys.readouterr().err)
+    assert main_test([str(config), str(work / "epoch_1.pth"), "--cfg-options", maps["test"]]) == 0
+    capsys.readouterr()
+    assert main_train([*command, "--resume", "--cfg-options", "train_cfg.max_epochs=2"]) == 1
+    assert message.format("bright", "train", "dark") in one_line(capsys.readouterr().err)
+
+
 def test_a_full_disk_is_noticed_before_training(tiny, monkeypatch, capsys):
     config, work = tiny
     usage = namedtuple("usage", "total used free")

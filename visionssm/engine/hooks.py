@@ -13,7 +13,7 @@ from mmengine.hooks import EMAHook as MMEngineEMAHook
 from mmengine.hooks import Hook, LoggerHook
 from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
 from mmengine.model import ExponentialMovingAverage
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.runner.amp import autocast
 from timm.models import save_for_hf
 
@@ -195,9 +195,22 @@ class UnreadableImagesHook(Hook):
 class DataCheckHook(Hook):
     """Refuses data that does not fit the model, before the first batch: classes, odd batches, other epochs than before a resume."""
 
+    def __init__(self) -> None:
+        self.learnt: tuple[str, ...] | None = None  # classes that the weights stand for, in their order
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Mapping[str, Any]) -> None:
+        """Remember the classes of a training that goes on, or is tested; one that starts from other weights learns its own."""
+        classes = (checkpoint.get("meta") or {}).get("dataset_meta", {}).get("classes")
+        if classes is not None and (runner._resume or not isinstance(runner._train_loop, BaseLoop)):
+            self.learnt = tuple(classes)
+
     def before_train(self, runner: Runner) -> None:
-        """Check the training data."""
-        self.check_classes(runner, runner.train_dataloader.dataset)
+        """Check the training data, and the validation data against it."""
+        dataset = runner.train_dataloader.dataset
+        self.check_classes(runner, dataset)
+        self.learnt = tuple(dataset.metainfo["classes"])
+        if runner.val_loop is not None:
+            self.check_classes(runner, runner.val_loop.dataloader.dataset)
         self.check_batches(runner)
         self.check_progress(runner)
 
@@ -205,17 +218,23 @@ class DataCheckHook(Hook):
         """Check the test data."""
         self.check_classes(runner, runner.test_dataloader.dataset)
 
-    @staticmethod
-    def check_classes(runner: Runner, dataset: torch.utils.data.Dataset) -> None:
-        """Compare the number of the data's classes with the model's.
+    def check_classes(self, runner: Runner, dataset: torch.utils.data.Dataset) -> None:
+        """Compare the data's classes with the model's: their number, and as far as is known their names and order.
 
         Raises:
             UserError: they differ.
         """
-        model = unwrapped(runner.model)
-        found = len(dataset.metainfo["classes"])
-        if found != model.num_classes:
-            raise UserError(f"model.backbone.num_classes: got {model.num_classes}, the {dataset.split} data has {found} classes")
+        model, classes = unwrapped(runner.model), tuple(dataset.metainfo["classes"])
+        if len(classes) != model.num_classes:
+            found = f"the {dataset.split} data has {len(classes)} classes"
+            raise UserError(f"model.backbone.num_classes: got {model.num_classes}, {found}")
+        pairs = zip(self.learnt or classes, classes, strict=True)
+        for label, (learnt, found) in enumerate(pairs):
+            if found != learnt:
+                raise UserError(
+                    f"dataset.class_map: label {label} is {found!r} in the {dataset.split} data and {learnt!r} in training; "
+                    "expected the same classes in the same order"
+                )
 
     @staticmethod
     def check_batches(runner: Runner) -> None:

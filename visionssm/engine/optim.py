@@ -1,6 +1,6 @@
 """Parameter groups, the same for every task, and an optimizer wrapper that never waits for the device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from inspect import signature
@@ -102,12 +102,35 @@ class OptimWrapper(MMEngineOptimWrapper):
         return {**super().state_dict(), "loss_scaler": self.loss_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """What `state_dict` gave."""
+        """What `state_dict` gave.
+
+        Raises:
+            UserError: it is of another optimizer, or of other parameter groups.
+        """
         state_dict = dict(state_dict)
+        check_groups(self.optimizer, state_dict["param_groups"])
         scaler = state_dict.pop("loss_scaler", {})
         if scaler and self.loss_scaler.is_enabled():
             self.loss_scaler.load_state_dict(scaler)
         super().load_state_dict(with_own_kernels(self.optimizer, state_dict))
+
+
+def check_groups(optimizer: torch.optim.Optimizer, stored: Sequence[Mapping[str, Any]]) -> None:
+    """Whether an optimizer can go on from groups that a run has stored.
+
+    Raises:
+        UserError: they are another optimizer's, or cut otherwise.
+    """
+    theirs, ours = ([len(group["params"]) for group in groups] for groups in (stored, optimizer.param_groups))
+    if theirs != ours:
+        raise UserError(
+            f"--resume: the checkpoint has groups of {theirs} parameters, this config makes {ours}; expected the optim_wrapper "
+            "that the run began with, paramwise_cfg and all"
+        )
+    lacking = [name for name in ("momentum", "betas") if name in optimizer.defaults and any(name not in group for group in stored)]
+    if lacking:  # of what no version of an optimizer has added later
+        kind = type(optimizer).__name__
+        raise UserError(f"--resume: the checkpoint is of another optimizer than {kind}: it has no {' and no '.join(lacking)}")
 
 
 def with_own_kernels(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +156,8 @@ class OptimWrapperConstructor:
             AdamW.
 
     Raises:
-        UserError: another key in `paramwise_cfg`, or one pattern as `fallback` where several are expected.
+        UserError: another key in `paramwise_cfg`, a `layer_decay` out of range, or one pattern as `fallback` where several are
+            expected.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
@@ -148,6 +172,8 @@ class OptimWrapperConstructor:
         self.decay = tuple((paramwise_cfg or {}).get("decay", ()))
         self.no_decay = (paramwise_cfg or {}).get("no_decay")
         self.layer_decay = (paramwise_cfg or {}).get("layer_decay", 1.0)
+        if isinstance(self.layer_decay, bool) or not isinstance(self.layer_decay, int | float) or not 0 < self.layer_decay <= 1:
+            raise UserError(f"optim_wrapper.paramwise_cfg.layer_decay: got {self.layer_decay!r}, expected a number in (0, 1]")
         self.fallback = (paramwise_cfg or {}).get("fallback", ())
         if isinstance(self.fallback, str):
             raise UserError(f"optim_wrapper.paramwise_cfg.fallback: got {self.fallback!r}, expected a tuple of patterns")

@@ -83,9 +83,16 @@ class ImageStream(ImageDataset, IterableDataset):
             self._keep_own_shards()
 
     def _keep_own_shards(self) -> None:
-        """Leave to this process its share of a split that is read once; timm's reader would cut it to equal lengths."""
+        """Leave to this process its share of a split that is read once; timm's reader would cut it to equal lengths.
+
+        Raises:
+            UserError: fewer shards than processes.
+        """
         if self.kind == "wds":
             info = self.reader.split_info
+            if len(info.filenames) < self.world_size:
+                shards = f"{len(info.filenames)} shards for {self.world_size} processes"
+                raise UserError(f"dataset, split {self.split!r}: {shards}; expected at least one for each")
             info.filenames = tuple(info.filenames)[self.rank :: self.world_size]
             self.reader.dist_rank, self.reader.dist_num_replicas = 0, 1
 
