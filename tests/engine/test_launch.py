@@ -232,6 +232,7 @@ def test_missing_checkpoint(tiny, capsys):
         ("randomness.seed=abc", "randomness.seed: got 'abc', expected a whole number, at least 0"),
         ("input_size=0", "input_size: got 0, expected a whole number of pixels"),
         ("model.backbone=vmamba_nano", "model.backbone: got 'vmamba_nano', expected a dict of values"),
+        ("model.mixup={'mixup_alpha':0.8}", "model.mixup: got \"{'mixup_alpha':0.8}\", expected a dict of values"),
         ("val_dataloader=None", "val_dataloader, val_cfg, val_evaluator: expected all or none; val_dataloader is None"),
         ("param_scheduler.0.end=0", "param_scheduler.0.end: got 0, expected more than 0, where LinearLR begins"),
     ],

@@ -7,7 +7,10 @@ from mmengine.config import Config
 
 from visionssm.errors import UserError
 
-_DICTS = ("model", "model.backbone", "train_cfg", "optim_wrapper", "optim_wrapper.optimizer", "optim_wrapper.clip_grad")
+_DICTS = (
+    *("model", "model.backbone", "model.mixup", "model.batch_augmentation", "train_cfg"),
+    *("optim_wrapper", "optim_wrapper.optimizer", "optim_wrapper.clip_grad", "optim_wrapper.paramwise_cfg"),
+)
 _LOADERS = ("train", "val", "test")
 # the least value of numbers
 _WHOLE = {
