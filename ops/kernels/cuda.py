@@ -140,7 +140,7 @@ class _Case:
         batch = scan.x.shape[0]
         # All blocks run at once: the next image's reads then hide behind the last one's work.
         self.shared_bytes = self._shared_bytes(kernel == "scan_backward")
-        self.resident = min(self.variant.resident * 32 // self.threads, SHARED // (self.shared_bytes + 1024))
+        self.resident = min(self.variant.resident * 32 // self.threads, blocks_that_fit(self.shared_bytes))
         per_block = -(-self.blocks * scan.k * batch // (self.resident * processors(scan.x.device)))
         self.images = (batch, per_block)
         self.groups = -(-batch // per_block)
@@ -237,6 +237,11 @@ def _nvrtc_works(device: torch.device) -> bool:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return False
     return True
+
+
+def blocks_that_fit(shared_bytes: int) -> int:
+    """Blocks of a kernel that shared memory of a multiprocessor has room for."""
+    return SHARED // (shared_bytes + 1024)
 
 
 @functools.cache

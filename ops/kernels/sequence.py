@@ -94,7 +94,7 @@ def thread_plan(kernel: str, n: int, batch: int, groups: int, channels: int, len
 
 def _blocks_at_once(n: int, plan: Plan) -> int:
     """Blocks of a plan that registers and shared memory of a multiprocessor have room for."""
-    return max(min(_RESIDENT[plan.kernel] // plan.warps, cuda.SHARED // (_shared_bytes(n, plan) + 1024)), 1)
+    return max(min(_RESIDENT[plan.kernel] // plan.warps, cuda.blocks_that_fit(_shared_bytes(n, plan))), 1)
 
 
 def suits(tensors: tuple[Tensor | None, ...], A: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
