@@ -38,7 +38,8 @@ _SEQUENCE_ARGUMENTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
 )
 _LIB.define(
-    f"selective_scan({_SEQUENCE_ARGUMENTS}, bool return_last_state) -> (Tensor y, Tensor last_state, Tensor states)",
+    f"selective_scan({_SEQUENCE_ARGUMENTS}, bool return_last_state, bool keep_states)"
+    " -> (Tensor y, Tensor last_state, Tensor states)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIB.define(
@@ -196,10 +197,15 @@ def _sequence(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
+    keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `selective_scan` in api.py; B and C are (batch, groups, state, length) here. y is a view of a channels-last map."""
+    """See `selective_scan` in api.py; B and C are (batch, groups, state, length) here. y is a view of a channels-last map.
+
+    `states` is what the backward needs; without `keep_states` it is empty and there is no backward.
+    """
+    options = delta_softplus, return_last_state, keep_states
     with _no_autocast(u):
-        return _backend("triton").sequence_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        return _backend("triton").sequence_forward(u, delta, A, B, C, D, z, delta_bias, *options)
 
 
 def _sequence_fake(
@@ -213,11 +219,12 @@ def _sequence_fake(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
+    keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, dim, length = u.shape
     groups, state = B.shape[1], A.shape[1]
     last_state = u.new_empty((batch, dim, state) if return_last_state else (0,), dtype=torch.float32)
-    states = _backend("triton").states_shape(batch, groups, length, dim // groups, state)
+    states = _backend("triton").states_shape(batch, groups, length, dim // groups, state) if keep_states else (0,)
     return u.new_empty(batch, length, dim).mT, last_state, u.new_empty(states, dtype=torch.float32)
 
 
@@ -258,7 +265,7 @@ def _sequence_backward_fake(
 
 
 def _sequence_setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
-    ctx.softplus = inputs[8]
+    ctx.softplus, ctx.kept = inputs[8], inputs[10]
     ctx.save_for_backward(*inputs[:8], output[2])
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
@@ -267,9 +274,11 @@ def _sequence_setup_context(ctx: object, inputs: tuple, output: tuple) -> None:
 def _sequence_autograd(ctx: object, dy: Tensor | None, *_: None) -> tuple:
     *tensors, states = ctx.saved_tensors
     if dy is None:
-        return (None,) * 10
+        return (None,) * 11
+    if not ctx.kept:
+        raise RuntimeError("visionssm: no gradient of a selective_scan that was called without keep_states")
     grads = torch.ops.visionssm.selective_scan_backward(dy, states, *tensors, ctx.softplus)
-    return (*(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:8], strict=True)), None, None)
+    return (*(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:8], strict=True)), None, None, None)
 
 
 for _name, _impl, _fake, _autograd, _setup in (

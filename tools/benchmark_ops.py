@@ -51,6 +51,7 @@ class Row:
     shape: str
     dtype: str
     direction: str
+    """forward: without a gradient; training: what precedes a backward; both: that and the backward. copy is a copy's."""
     provider: str
     p20: float
     p50: float
@@ -294,7 +295,7 @@ def memory_of(call: Callable[[], object], forward: Callable[[], torch.Tensor]) -
 
 
 def cuda_rows(which: list[str]) -> Iterator[Row]:
-    """Rows of a GPU run: forward, and forward with every gradient; GPU time from CUDA graphs, eager wall time beside it."""
+    """Rows of a GPU run: see `Row.direction`; GPU time from CUDA graphs, eager wall time beside it."""
     names = ("csrc_kernels", "csrc_sequence", "triton_kernels")
     tests = [str(Path(__file__).parents[1] / "tests" / "ops" / f"test_{name}.py") for name in names]
     # Side by side where pytest-xdist is; pytest-benchmark, which would warn of that, stays out.
@@ -323,11 +324,12 @@ def case_rows(case: CudaCase, where: dict[str, str]) -> Iterator[Row]:
             with torch.no_grad():
                 return forward()
 
-        def both(forward: Callable[[], torch.Tensor] = forward) -> tuple[torch.Tensor, ...]:
-            y = forward()
-            return torch.autograd.grad(y, case.leaves, torch.ones_like(y))
+        gradient = torch.ones_like(inference())  # comes from what follows the operator
 
-        for direction, call in (("forward", inference), ("both", both)):
+        def both(forward: Callable[[], torch.Tensor] = forward, gradient: torch.Tensor = gradient) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(forward(), case.leaves, gradient)
+
+        for direction, call in (("forward", inference), ("training", forward), ("both", both)):
             call()
             times = event_times(call, 3) if provider == "pytorch" else graph_times(call)
             wall = quantiles(wall_times(call, seconds=0.1, least=3, device="cuda"))[1]

@@ -1,7 +1,7 @@
 """Time the plans of the CUDA C++ forward scan over mamba's layout: `python tools/tune_sequence.py [--out benchmarks/NAME.csv]`.
 
-`selective_scan` with z, D, delta_bias and softplus, 16 states, bfloat16: a thread a channel, and four lanes a channel in blocks of
-several sizes. Every plan's result is compared with that of today's first.
+`selective_scan` with z, D, delta_bias and softplus, 16 states, bfloat16, without a gradient: a thread a channel, and eight or sixteen that
+share one, in blocks of several sizes. Every plan's result is compared with that of today's first.
 """
 
 from __future__ import annotations
@@ -9,28 +9,29 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from benchmark_ops import graph_times, mamba_case
 from tune_scan import differ, write_rows
 
-from visionssm.ops.kernels import sequence
+from visionssm.ops.kernels import cuda, sequence
 
-SHAPES = [(batch, 384, 6085) for batch in (1, 2, 4, 8, 16, 32, 64)]  # batch, dim, length
+SHAPES = [(batch, 384, 6085) for batch in (1, 2, 4, 5, 8, 16, 32, 64)]  # batch, dim, length
 SHAPES += [(batch, 384, 197) for batch in (1, 8, 32, 128)]
-BLOCKS = (8, 16, 24, 32)
+BLOCKS = {"sequence_spread": (8, 16, 24, 32), "sequence_tiles": (8, 16, 24)}
 COLUMNS = ("shape", "plan", "difference", "ms", "today")
 TODAY = sequence.forward_plan
 
 
 def plans(batch: int, channels: int, length: int) -> Iterator[sequence.Plan]:
     """A thread a channel, then lanes that share one."""
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    yield sequence.thread_plan("sequence_forward", 16, batch, 1, channels, length, processors)
-    spread = sequence.spread_plan(batch, 1, channels, length, processors)
-    for block in BLOCKS:
-        yield sequence.Plan(spread.kernel, block, spread.tiles_per_split, spread.lanes)
+    sizes = (batch, 1, channels, length, torch.cuda.get_device_properties(0).multi_processor_count)
+    yield sequence.thread_plan("sequence_forward", 16, *sizes)
+    for plan in (sequence.spread_plan(*sizes), sequence.tiles_plan(*sizes, cuda.SHARED)[0]):
+        for block in BLOCKS[plan.kernel]:
+            yield replace(plan, channels=block)
 
 
 @torch.no_grad()

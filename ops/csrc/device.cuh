@@ -101,7 +101,10 @@ DEVICE void copy_async(void *to, const void *from, bool real) {
 DEVICE void copy_word(void *to, const void *from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
-DEVICE void prefetch(const void *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }  // what is around an address
+// As many bytes of the sixteen as `bytes` says, and zeros.
+DEVICE void copy_bytes(void *to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
+}
 DEVICE void store_if(uint32 condition, uint32 *to, uint32 v) {  // without a branch
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p st.global.u32 [%0], %1; }" ::"l"(to), "r"(v), "r"(condition) : "memory");
 }
@@ -114,13 +117,33 @@ DEVICE V *afresh(V *p) {
     asm volatile("" : "+l"(p));
     return p;
 }
+DEVICE int afresh(int v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
 // The same number, which the compiler then keeps rather than work it out again.
 DEVICE float opaque(float v) {
     asm volatile("" : "+f"(v));
     return v;
 }
+// A barrier that a warp arrives at before it has to wait for the others; phases are told apart by their parity.
+DEVICE void begin_barrier(unsigned long long &barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"((uint32)__cvta_generic_to_shared(&barrier)), "r"(count) : "memory");
+}
+DEVICE void arrive(unsigned long long &barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"((uint32)__cvta_generic_to_shared(&barrier)) : "memory");
+}
+DEVICE void wait_for(unsigned long long &barrier, int parity) {
+    uint32 done;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"((uint32)__cvta_generic_to_shared(&barrier)), "r"(parity) : "memory");
+    } while (!done);
+}
 DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE float exchange(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
+DEVICE float before_by(float v, int lanes) { return __shfl_up_sync(0xffffffffu, v, lanes, 16); }  // of 16 lanes; the first have their own
+DEVICE uint32 shifted(uint32 low, uint32 high, int bits) { return __funnelshift_r(low, high, bits); }  // down, with what comes in from above
 DEVICE uint32 ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 DEVICE uint32 warp_max(uint32 v) { return __reduce_max_sync(0xffffffffu, v); }
 #endif

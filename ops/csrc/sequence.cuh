@@ -2,13 +2,15 @@
 // macros
 //   N   states of a channel;  HAS_Z  0 or 1
 //   FULL     1 where the channels of a group are a multiple of those of a block
-//   LANES    threads that share a channel: 1, or 8 in sequence_spread.cu
+//   LANES    threads that share a channel: 1, 8 in sequence_spread.cu, 16 in sequence_tiles.cu
 //   SUMMARY  1 for a pass that finds out only what a split of the sequence hands on: its end from zero, and its sum of delta
+//   KEEP     1 for a forward pass that leaves the states before every tile for the backward pass
+//   LAST     1 for one that leaves the state behind the last step
 //
-// Rows of a map start anywhere (their length may be odd), so a map is read two bytes a lane, lanes along the steps. What is written,
-// channels-last, is stored two bytes a lane as well, lanes along the channels. The scan runs in tiles of T steps. With a channel a thread,
-// the loop over states is outside, that over the steps inside: the steps are registers. delta comes times log2(e), and so B times ln(2).
-// sequence_spread.cu says how it differs.
+// Rows of a map start anywhere (their length may be odd), so a map is read two bytes a lane, lanes along the steps, or copied in pieces.
+// What is written, channels-last, is stored two bytes a lane, lanes along the channels. The scan runs in tiles of T steps. With a channel a
+// thread, the loop over states is outside, that over the steps inside: the steps are registers. delta comes times log2(e), and so B times
+// ln(2). sequence_spread.cu and sequence_tiles.cu say how they differ.
 
 constexpr int CHANNELS = THREADS / LANES;                      // of a block
 constexpr int READERS = LANES == 1 ? THREADS : THREADS / 2;    // threads that read
@@ -69,6 +71,29 @@ DEVICE float step_of(float delta, float bias) {
 }
 
 DEVICE float silu(float v) { return v * reciprocal(1.f + exp2_fast(v * -LOG2E)); }
+
+// Rows start anywhere, copies at multiples of 16 bytes: a row is copied in pieces of eight numbers, the first from `skip` numbers before it
+// on. A tile is then somewhere in three of them.
+DEVICE int misplaced(const uint16 *row) { return (int)((unsigned long long)row % 16 / 2); }  // the numbers to skip
+
+DEVICE int bytes_of(int left) { return left <= 0 ? 0 : left >= 8 ? 16 : 2 * left; }  // that exist of a piece, `left` numbers before the end
+
+// The pairs of numbers from the `skip`-th of three pieces on.
+DEVICE void load_pairs(uint32 (&pairs)[T / 2], const uint16 *first, const uint16 *second, const uint16 *third, int skip) {
+    const int4 pieces[3] = {*(const int4 *)first, *(const int4 *)second, *(const int4 *)third};
+    uint32 words[12];
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        words[4 * i] = pieces[i].x, words[4 * i + 1] = pieces[i].y;
+        words[4 * i + 2] = pieces[i].z, words[4 * i + 3] = pieces[i].w;
+    }
+#pragma unroll
+    for (int i = 0; i < 10; i++) words[i] = skip & 4 ? words[i + 2] : words[i];
+#pragma unroll
+    for (int i = 0; i < 9; i++) words[i] = skip & 2 ? words[i + 1] : words[i];
+#pragma unroll
+    for (int i = 0; i < 8; i++) pairs[i] = shifted(words[i], words[i + 1], skip & 1 ? 16 : 0);
+}
 
 // Four numbers side by side, from a multiple of 16 bytes.
 DEVICE void load_four(float *to, const float *from) {

@@ -1,59 +1,70 @@
 // The backward scan over mamba's layout.
 //
 // With g = dL/dh: g[t] = C[t] dy[t] + a[t+1] g[t+1]. Every tile is walked twice for each state, down, to recompute what it was from the
-// one saved at the tile's start, which came while the tile after it was walked, and up; between tiles the gradient that comes back, and
-// the sum for dA, rest in shared memory. Sums over channels (dB, dC) are complete for a block, sums over steps (dA, dD, dbias) for an
-// image and split: the launcher adds up the rest in a fixed order.
+// one saved at the tile's start, and up; between tiles the gradient that comes back, and the sum for dA, rest in shared memory. Whatever a
+// tile needs comes while the one after it is worked on. Sums over channels (dB, dC) are complete for a block, sums over steps (dA, dD,
+// dbias) for an image and split: the launcher adds up the rest in a fixed order.
+//
+//   COPIED  1 where dy, B and C are copied ahead as the other maps are: shared memory has room for that, and two channels of dy, side by
+//           side, are four bytes from a multiple of four on
 
-constexpr int ROW = T + 8;  // of a map in shared memory: lanes that read 16 bytes of their own rows do not share a bank
+constexpr int PIECES = T / 8 + 1, ROW = 8 * PIECES;  // of a row in shared memory; lanes that read their own rows' do not share a bank
 
 struct alignas(16) Shared {
-    uint16 delta[CHANNELS][ROW], z[CHANNELS][ROW];
+    uint16 delta[CHANNELS][ROW], z[CHANNELS][ROW], dy[COPIED ? T : 1][CHANNELS];
+    uint16 raw[COPIED ? (SUMMARY ? N : 2 * N) : 1][ROW];  // C, then B, as they came
     float C[N][MATRIX_ROW];
     float A[N][CHANNELS], carry[N][CHANNELS];
 #if !SUMMARY
     uint16 u[CHANNELS][ROW];
     float B[N][MATRIX_ROW];
     float dA[N][CHANNELS], states[N][CHANNELS];
-    float grad[CHANNELS][T + 4];
+    float grad[T / 4][CHANNELS][4];
     float sums[WARPS][N][2 * T];
     float columns[8][12];  // of ChannelSums, by lane / 4: the identity, with columns in the pairs that a product takes
 #endif
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "kernels/sequence.py asks for too little shared memory");
 
-// The 16-byte words of a thread's own row, eight steps each.
-DEVICE void load_row(float (&v)[T], const uint16 *row) {
+// Start copying a piece of a row, of which `left` numbers exist from a tile on, or all three of a thread's own; and read those.
+DEVICE void copy_piece(uint16 *row, const uint16 *from, int left, int piece) {
+    const int skip = misplaced(from);
+    copy_bytes(row + 8 * piece, from - skip + 8 * piece, left >= ROW ? 16 : bytes_of(left + skip - 8 * piece));
+}
+
+DEVICE void copy_row(uint16 *row, const uint16 *from, int left) {
 #pragma unroll
-    for (int i = 0; i < T / 8; i++) {
-        const int4 words = *(const int4 *)(row + 8 * i);
-        const int word[4] = {words.x, words.y, words.z, words.w};
+    for (int i = 0; i < PIECES; i++) copy_piece(row, from, left, i);
+}
+
+DEVICE void load_row(float (&v)[T], const uint16 *row, int skip) {
+    uint32 pairs[T / 2];
+    load_pairs(pairs, row, row + 8, row + 16, skip);
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[8 * i + j] = to_float((uint16)(word[j / 2] >> 16 * (j % 2)));
+    for (int i = 0; i < T / 2; i++) {
+        const float2 both = to_floats(pairs[i]);
+        v[2 * i] = both.x, v[2 * i + 1] = both.y;
     }
 }
 
-DEVICE void write_rows(uint16 (&to)[CHANNELS][ROW], const uint32 (&raw)[T], int thread) {
+// What a map with adjacent channels holds of a thread's channel, `steps` of a tile and zeros after them. Of a pair of channels, which
+// threads of a warp share, one thread copies the even steps, the other the odd ones.
+DEVICE void copy_steps(uint16 (*to)[CHANNELS], const uint16 *from, int step, int steps, int thread) {
+    const int odd = afresh(thread) % 2;
+    from += (odd ? step : 0) - odd;
 #pragma unroll
-    for (int i = 0; i < T; i++) to[thread / T + i * ROWS][thread % T] = (uint16)raw[i];
+    for (int t = 0; t < T; t += 2) {
+        copy_word(&to[t + odd][thread - odd], from, t + odd < steps);
+        from += 2 * (long long)step;
+    }
 }
 
-// What a map with adjacent channels holds of a thread's channel, `steps` of a tile and zeros after them.
-DEVICE void read_steps(uint32 (&raw)[T], const uint16 *from, int step, int steps) {
+DEVICE void load_steps(float (&v)[T], const uint16 (*from)[CHANNELS], const uint16 *map, int step, int steps, int thread) {
 #pragma unroll
-    for (int t = 0; t < T; t++) raw[t] = t < steps ? *(const uint16 *)((const char *)from + (long long)t * (2 * step)) : 0u;
-}
-
-// delta and dL/dy before the gate, of a thread's tile.
-DEVICE void open_tile(float (&step)[T], float (&grad)[T], const uint16 *delta_row, const uint16 *z_row, float bias) {
-    load_row(step, delta_row);
-#pragma unroll
-    for (int t = 0; t < T; t++) step[t] = step_of(step[t], bias);
-    if (!HAS_Z) return;
-    float z[T];
-    load_row(z, z_row);
-#pragma unroll
-    for (int t = 0; t < T; t++) grad[t] *= silu(z[t]);
+    for (int t = 0; t < T; t++) {
+        if (COPIED) v[t] = to_float(from[t][thread]);
+        else v[t] = t < steps ? to_float(*(const uint16 *)((const char *)map + (long long)t * (2 * step))) : 0.f;
+    }
 }
 
 #if SUMMARY
@@ -104,7 +115,7 @@ DEVICE void walk_states(
 #pragma unroll
         for (int t = T - 4; t >= 0; t -= 4) {
             float b[4], c[4], grad[4];
-            load_four(grad, &shared.grad[own][t]);
+            load_four(grad, shared.grad[t / 4][own]);
             load_four(b, &shared.B[n][t]);
             load_four(c, &shared.C[n][t]);
 #pragma unroll
@@ -164,13 +175,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
     const int end = begin + tiles_per_split < tiles ? begin + tiles_per_split : tiles;
     const long long path = (long long)work.batch * groups + work.k;
 
-    u = share(u + (long long)work.batch * u_batch + (long long)c * u_row, u_row, thread);
-    delta = share(delta + (long long)work.batch * delta_batch + (long long)c * delta_row, delta_row, thread);
-    if (HAS_Z) z = share(z + (long long)work.batch * z_batch + (long long)c * z_row, z_row, thread);
-    B = share(B + (long long)work.batch * B_batch + (long long)work.k * B_group, B_row, thread);
-    C = share(C + (long long)work.batch * C_batch + (long long)work.k * C_group, C_row, thread);
-    dy += (long long)work.batch * dy_batch + c + own;
-    states += path * tiles * N * channels + work.first_channel + own;
+    // Where a channel or a state variable has its row, worked out whenever it is wanted: what the compiler would keep, registers are short of.
+    auto image = [&]() INLINE { return afresh(work.batch); };
+    auto row_of = [&](const uint16 *map, int batch_stride, int row_stride) INLINE {
+        return map + (long long)image() * batch_stride + (long long)(c + afresh(own)) * row_stride;
+    };
+    auto at_step = [&](int step) INLINE { return ((long long)image() * length + step) * dim + c + afresh(own); };  // of du, ddelta, dz
+    auto states_of = [&](int tile) INLINE {
+        return states + (((long long)image() * groups + work.k) * tiles + tile) * N * channels + work.first_channel + afresh(own);
+    };
     carry += (path * splits + work.split) * N * channels + work.first_channel + own;
 
     load_decay(shared.A, A + (long long)c * N, work.left, thread);
@@ -179,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         shared.carry[n][own] = !SUMMARY && work.split + 1 < splits && real ? carry[n * channels] : 0.f;
 #if !SUMMARY
         shared.dA[n][own] = 0.f;
-        copy_word(&shared.states[n][own], states + ((long long)(end - 1) * N + n) * channels, real);
+        copy_word(&shared.states[n][own], states_of(end - 1) + n * channels, real);
 #endif
     }
 #if !SUMMARY
@@ -195,64 +208,91 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
     const int block = work.first_channel / CHANNELS;
     const long long part = (long long)batch * groups * N * length;
     parts += 2 * block * part + path * N * length;
-    const long long image = (long long)work.batch * length * dim + c + own;
-    du += image, ddelta += image, dz += image;
 #endif
 
+    auto grads_of = [&](int tile) INLINE {
+        return dy + (long long)image() * dy_batch + (long long)tile * T * dy_step + c + afresh(own);
+    };
+    auto matrix_row = [&](int row) INLINE {
+        const bool of_C = row < N;
+        return (of_C ? C : B) + (long long)image() * (of_C ? C_batch : B_batch) + (long long)work.k * (of_C ? C_group : B_group)
+               + (long long)(of_C ? row : row - N) * (of_C ? C_row : B_row);
+    };
+    auto fetch = [&](int tile) INLINE {  // what a tile needs, but for its states
+        const int first_step = tile * T, left = length - first_step, own_left = real ? left : 0;
+        copy_row(shared.delta[own], row_of(delta, delta_batch, delta_row) + first_step, own_left);
+        if (HAS_Z) copy_row(shared.z[own], row_of(z, z_batch, z_row) + first_step, own_left);
+#if !SUMMARY
+        copy_row(shared.u[own], row_of(u, u_batch, u_row) + first_step, own_left);
+#endif
+        if (!COPIED) return;
+        copy_steps(shared.dy, grads_of(tile), dy_step, own_left, thread);
+        for (int e = afresh(thread); e < (SUMMARY ? N : 2 * N) * PIECES; e += THREADS)
+            copy_piece(shared.raw[e / PIECES], matrix_row(e / PIECES) + first_step, left, e % PIECES);
+    };
+    auto write = [&](float (&to)[N][MATRIX_ROW], int first_row, float times, int step) INLINE {  // B or C of a tile
+        uint32 numbers[MATRIX_READS];
+#pragma unroll
+        for (int i = 0; i < MATRIX_READS; i++) {
+            const int row = first_row + thread / T + i * ROWS;
+            if (N * T % READERS && row >= first_row + N) continue;
+            const uint16 *from = matrix_row(row);
+            numbers[i] = COPIED ? shared.raw[row][misplaced(from) + thread % T] : from[existing(step + thread % T, length)];
+        }
+        write_matrix(to, numbers, times, thread);
+    };
+    fetch(end - 1);
     for (int tile = end - 1; tile >= begin; tile--) {
         const int first_step = tile * T;
         const int steps = length - first_step < T ? length - first_step : T;
+        wait_copies();
         __syncthreads();  // the last tile's sums are stored
-        const int read = existing(first_step + thread % T, length);
-        // every read is on its way before the first write waits for one
-        uint32 raw_delta[T], raw_z[T], raw_C[MATRIX_READS];
-        read_rows<FULL>(raw_delta, delta + read, delta_row, work.left, thread);
-        if (HAS_Z) read_rows<FULL>(raw_z, z + read, z_row, work.left, thread);
-        read_matrix(raw_C, C + read, C_row, thread);
+        write(shared.C, 0, 1.f, first_step);
 #if !SUMMARY
-        uint32 raw_u[T], raw_B[MATRIX_READS];
-        read_rows<FULL>(raw_u, u + read, u_row, work.left, thread);
-        read_matrix(raw_B, B + read, B_row, thread);
+        write(shared.B, N, LN2, first_step);
 #endif
-        uint32 raw_dy[T];
-        const uint16 *grads = dy + (long long)first_step * dy_step;
-        read_steps(raw_dy, grads, dy_step, real ? steps : 0);
-        write_rows(shared.delta, raw_delta, thread);
-        if (HAS_Z) write_rows(shared.z, raw_z, thread);
-        write_matrix(shared.C, raw_C, 1.f, thread);
-#if !SUMMARY
-        write_rows(shared.u, raw_u, thread);
-        write_matrix(shared.B, raw_B, LN2, thread);
-        wait_copies();  // of states
-#endif
-        float step[T], grad[T];
-#pragma unroll
-        for (int t = 0; t < T; t++) grad[t] = to_float((uint16)raw_dy[t]);
         __syncthreads();
-        open_tile(step, grad, shared.delta[own], shared.z[own], own_bias);
+        float step[T], grad[T];
+        load_steps(grad, shared.dy, grads_of(tile), dy_step, real ? steps : 0, thread);
+        auto load = [&](float (&v)[T], const uint16 *row, const uint16 *map, int batch_stride, int row_stride) INLINE {
+            load_row(v, row, misplaced(row_of(map, batch_stride, row_stride)));
+        };
+        load(step, shared.delta[own], delta, delta_batch, delta_row);
+#pragma unroll
+        for (int t = 0; t < T; t++) step[t] = step_of(step[t], own_bias);
+        if (HAS_Z) {
+            float gate[T];
+            load(gate, shared.z[own], z, z_batch, z_row);
+#pragma unroll
+            for (int t = 0; t < T; t++) grad[t] *= silu(gate[t]);
+        }
 #if SUMMARY
+        __syncwarp();  // dy is read
+        if (tile > begin) fetch(tile - 1);
 #pragma unroll
         for (int t = 0; t < T; t++) total += t < steps ? step[t] : 0.f;
         walk_states(shared, step, grad, own);
 #else
         float input[T], through_b[T], through_a[T], y[T];
-        load_row(input, shared.u[own]);
+        load(input, shared.u[own], u, u_batch, u_row);
 #pragma unroll
         for (int t = 0; t < T; t++) {
             input[t] *= step[t];
-            shared.grad[own][t] = grad[t];  // read by this thread alone: registers are short
+            shared.grad[t / 4][own][t % 4] = grad[t];  // read by this thread alone: registers are short
             through_b[t] = through_a[t] = y[t] = 0.f;
         }
         walk_states(
-            shared, through_b, through_a, y, step, input, states + (long long)(tile - 1) * N * channels, channels,
+            shared, through_b, through_a, y, step, input, states_of(tile - 1), channels,
             real && tile > begin, own);
-        if (HAS_Z) read_steps(raw_dy, afresh(grads), dy_step, real ? steps : 0);  // again: registers are short
-        float value[T], v[T], gate[T];
-        char *const to_du = (char *)(du + (long long)first_step * dim), *const to_dz = (char *)(dz + (long long)first_step * dim);
-        char *const to_ddelta = (char *)(ddelta + (long long)first_step * dim);
-        load_row(value, shared.u[own]);
-        load_row(v, shared.delta[own]);
-        if (HAS_Z) load_row(gate, shared.z[own]);
+        float value[T], v[T], gate[T], gated[T];  // read again: registers are short
+        if (HAS_Z) load_steps(gated, shared.dy, grads_of(tile), dy_step, real ? steps : 0, thread);
+        const long long to = at_step(first_step);
+        char *const to_du = (char *)(du + to), *const to_ddelta = (char *)(ddelta + to), *const to_dz = (char *)(dz + to);
+        load(value, shared.u[own], u, u_batch, u_row);
+        load(v, shared.delta[own], delta, delta_batch, delta_row);
+        if (HAS_Z) load(gate, shared.z[own], z, z_batch, z_row);
+        __syncwarp();  // dy is read
+        if (tile > begin) fetch(tile - 1);
 #pragma unroll
         for (int t = 0; t < T; t++) {
             float slope = LOG2E;
@@ -261,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
                 slope = reciprocal(1.f + e) * (full > 0.f ? LOG2E : e * LOG2E);
             }
             const float change = (through_b[t] * value[t] + through_a[t]) * slope;
-            const float grad = shared.grad[own][t];
+            const float grad = shared.grad[t / 4][own][t % 4];
             sum_D += grad * value[t];
             sum_bias += change;
             if (!real || t >= steps) continue;
@@ -270,8 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
             *(uint16 *)(to_ddelta + at) = to_map(change);
             if (HAS_Z) {
                 const float open = reciprocal(1.f + exp2_fast(gate[t] * -LOG2E));
-                const float out = to_float((uint16)raw_dy[t]);
-                *(uint16 *)(to_dz + at) = to_map(out * (y[t] + skip * value[t]) * open * (1.f + gate[t] * (1.f - open)));
+                *(uint16 *)(to_dz + at) = to_map(gated[t] * (y[t] + skip * value[t]) * open * (1.f + gate[t] * (1.f - open)));
             }
         }
         __syncthreads();

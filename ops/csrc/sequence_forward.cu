@@ -50,9 +50,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
     B = share(B + (long long)work.batch * B_batch + (long long)work.k * B_group, B_row, thread);
     C = share(C + (long long)work.batch * C_batch + (long long)work.k * C_group, C_row, thread);
     y += ((long long)work.batch * length + begin * T) * dim + c + own;
-    const int slot = SUMMARY ? work.split : begin;
+    const int slot = KEEP ? begin : work.split;  // without KEEP there is a state a split: before it, or of a summary at its end
     const long long path = (long long)work.batch * groups + work.k;
-    states += (path * (SUMMARY ? splits : tiles) + slot) * N * channels + work.first_channel + own;
+    states += (path * (KEEP ? tiles : splits) + slot) * N * channels + work.first_channel + own;
 
     load_decay(shared.A, A + (long long)c * N, work.left, thread);
     shared.parameters[own] = {HAS_BIAS && real ? bias[c + own] * LOG2E : 0.f, HAS_D && real ? D[c + own] : 0.f};
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_forward(
         for (int n = 0; n < N; n++) {
             const float decay = shared.A[n][own];
             float h = shared.h[n][own];
-            if (!SUMMARY && real) states[n * channels] = h;
+            if (KEEP && real) states[n * channels] = h;
 #pragma unroll
             for (int t = 0; t < T; t += 4) {
                 float b[4], c[4];

@@ -3,15 +3,13 @@
 // Half of a block's warps scan, eight channels each, the others open: they read a tile, work out its delta and delta u B's shares while
 // the tile before it is scanned, and finish y of the one before that. So the scan waits for nothing but its exponentials. Lane 4 g + q scans
 // states 4 q to 4 q + 3 of channel g, or opens its steps q, q + 4, q + 8 and q + 12. Tensor cores make delta u B, of a step, and add up
-// y, over the lanes of a channel. The warps meet once a tile, in less time than a read from memory takes: AHEAD tiles before it is
-// read, if not 0, a tile is asked for into L2, of a row its last bytes, for the others came with the tile before it.
+// y, over the lanes of a channel. The warps meet once a tile.
 
 static_assert(N == 16 && T == N && LANES == 8, "a lane that scans has four states, one that opens four steps");
 constexpr int EACH = 4;            // states of a lane, or its steps of a tile
 constexpr int STEP_ROW = T + 4;    // of a channel's delta in shared memory; so that lanes that read do not share a bank, as all of these
 constexpr int INPUT_ROW = 2 * T + 8;
 constexpr int STATE_ROW = N + 4;
-constexpr int LAST_AHEAD = (AHEAD + 1) * T - 1;  // step, from the tile on that is read, of the one that is asked for
 
 struct alignas(16) Shared {  // all twice: one is read while the other is written
     float B[2][N][MATRIX_ROW], C[2][T][STATE_ROW];
@@ -68,11 +66,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
         const int step = thread % T < left ? 0 : left - 1 - thread % T;
         read_matrix(raw_B, B + step, B_row, thread);
         read_matrix(raw_C, C + step, C_row, thread);
-        if (AHEAD > 0 && left > LAST_AHEAD) {
-            if (q < 2 + HAS_Z) prefetch((q == 0 ? u : q == 1 ? delta : z) - q + LAST_AHEAD);
-            for (int n = thread; n < 2 * N; n += READERS)
-                prefetch((n < N ? B + (n - thread / T) * B_row : C + (n - N - thread / T) * C_row) - thread % T + LAST_AHEAD);
-        }
     };
     // Work out what the tile that was read needs, in `gates` what y of the lane's steps does; read the tile after it.
     auto open = [&](int to, float2 (&gates)[EACH]) INLINE {
@@ -114,7 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_spread(
     float h[EACH] = {0.f, 0.f, 0.f, 0.f};
     auto scan = [&](int now) INLINE {
 #pragma unroll
-        for (int i = 0; i < EACH; i++) states[i * channels] = h[i];
+        for (int i = 0; i < EACH; i++)
+            if (KEEP) states[i * channels] = h[i];
         states += N * channels;
         float sums[4] = {0.f, 0.f, 0.f, 0.f}, before[4];
 #pragma unroll

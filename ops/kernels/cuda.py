@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .common import STEPS
-from .reduce import merge_parts
+from .reduce import merge_parts, sum_rows
 
 if TYPE_CHECKING:
     from .launch import _Scan
@@ -83,9 +83,8 @@ def scan_backward(scan: _Scan, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]
     tensors = [dy, x, scan.dt, scan.A, scan.D, scan.weight, scan.bias, states, dx, scales, rows, *sums.split(widths, dim=1)]
     strides = [*_strides(dy), *_strides(x), *_strides(scan.dt)]
     case.launch(tensors, [states.shape[2], *case.images, *strides, sums.stride(0)])
-    dA, dD, dweight, dbias = sums.sum(0).split(widths)
     shapes = ((k, scan.channels, *rest) for rest in ((), (), (rank,), ()))
-    gradients = (g.clone().view(shape) for g, shape in zip((dA, dD, dweight, dbias), shapes, strict=True))  # no storage in common
+    gradients = (g.view(shape) for g, shape in zip(sum_rows(sums, tuple(widths)), shapes, strict=True))
     rows = rows[0] if case.blocks == 1 else rows.sum(0).to(x.dtype)
     return (merge_parts(dx, scales, scan.size, scan.codes(), x.dtype) if case.scaled else dx), rows, *gradients
 
@@ -248,6 +247,12 @@ def blocks_that_fit(shared_bytes: int) -> int:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for a CPU, which emulates one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else SHARED
 
 
 def _in_chunks(m: Tensor) -> bool:

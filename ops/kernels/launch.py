@@ -100,13 +100,15 @@ def sequence_forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
+    keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See library.py; y is a view of a channels-last map, which is how the kernel works and what an output projection wants."""
     if sequence.suits((u, delta, B, C, z), A, (D, delta_bias)):
         with suppress(cuda.NotCompiledError):
             scan = sequence.Sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
             y = u.new_empty((scan.batch, scan.length, u.shape[1]))
-            states = u.new_empty(states_shape(scan.batch, scan.groups, scan.length, scan.channels, scan.n), dtype=torch.float32)
+            shape = states_shape(scan.batch, scan.groups, scan.length, scan.channels, scan.n) if keep_states else (0,)
+            states = u.new_empty(shape, dtype=torch.float32)
             last_state = u.new_empty((scan.batch, *A.shape) if return_last_state else (0,), dtype=torch.float32)
             scan.forward(y, states, last_state)
             return y.mT, last_state, states
@@ -114,7 +116,8 @@ def sequence_forward(
     scan = _Scan.of_sequence(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     y = u.new_empty(u.shape)  # not as u lies: library.py promises channels-last
     states, last_state = scan.forward(_grouped(y, scan.k), return_last_state)
-    return y.mT, last_state.flatten(1, 2) if return_last_state else last_state, states
+    last_state = last_state.flatten(1, 2) if return_last_state else last_state
+    return y.mT, last_state, states if keep_states else states.new_empty(0)
 
 
 def sequence_backward(

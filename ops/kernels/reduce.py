@@ -1,6 +1,8 @@
 # ruff: noqa: ANN001, ANN201  (Triton reads annotations as its own)
 """The kernels around the scan: sums of parts in a fixed order, the states carried from split to split, transposition."""
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +29,42 @@ def sum_parts_kernel(parts_ptr, out_ptr, count, parts, inner, part_outer, BLOCK:
 
 
 @triton.jit
+def sum_rows_kernel(
+    rows_ptr, first_ptr, second_ptr, third_ptr, fourth_ptr, rows, columns, end_first, end_second, end_third,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of columns: of those up to `end_first` into the first output, from there to `end_second` into the second, and so on."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < columns
+    total = tl.zeros([BLOCK], tl.float32)
+    j = 0
+    while j < rows:
+        row = j + tl.arange(0, ROWS)[:, None]
+        source = rows_ptr + row.to(tl.int64) * columns + at[None, :]
+        total += tl.sum(tl.load(source, mask=mask[None, :] & (row < rows), other=0.0), 0)
+        j += ROWS
+    tl.store(first_ptr + at, total, mask=mask & (at < end_first))
+    tl.store(second_ptr + at - end_first, total, mask=mask & (at >= end_first) & (at < end_second))
+    tl.store(third_ptr + at - end_second, total, mask=mask & (at >= end_second) & (at < end_third))
+    tl.store(fourth_ptr + at - end_third, total, mask=mask & (at >= end_third))
+
+
+def sum_rows(rows: torch.Tensor, widths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Sums over float32 (rows, columns), in a fixed order, as up to four tensors of `widths` columns with storage of their own."""
+    sums = [rows.new_empty(width, dtype=dtype) for width in widths]
+    ends = [*itertools.accumulate(widths), *[rows.shape[1]] * 3]
+    height = min(triton.next_power_of_2(rows.shape[0]), 128)
+    block = 2048 // height
+    with torch.cuda.device(rows.device if rows.is_cuda else -1):
+        sum_rows_kernel[(triton.cdiv(rows.shape[1], block),)](
+            rows, *(sums + sums[-1:] * 3)[:4], *rows.shape, *ends[:3], ROWS=height, BLOCK=block, num_warps=4
+        )
+    return sums
+
+
+@triton.jit
 def carry_kernel(
-    end_ptr, total_ptr, A_ptr, carry_ptr, count, K, splits, channels, stride_path, stride_split,
+    end_ptr, total_ptr, A_ptr, carry_ptr, count, K, splits, channels, stride_path, stride_split, A_k, A_n, A_c,
     REVERSE: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What enters every split but the first, from each split's own end (from zero) and its sum of delta.
@@ -41,7 +77,8 @@ def carry_kernel(
     inner = channels * N
     path = at // inner
     nc = at % inner
-    A = tl.load(A_ptr + (path % K) * inner + nc, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    A_at = (path % K) * A_k + (nc // channels) * A_n + (nc % channels) * A_c
+    A = tl.load(A_ptr + A_at, mask=mask, other=0.0).to(tl.float32) * LOG2E
     j = tl.arange(0, SPLITS)[:, None]
     split = splits - 1 - j if REVERSE else j
     real = mask[None, :] & (j < splits)
@@ -70,7 +107,7 @@ def carry_splits(
     block = max(1, 2048 // padded)
     with torch.cuda.device(ends.device if ends.is_cuda else -1):
         carry_kernel[(triton.cdiv(count, block),)](
-            ends, totals, A, carry, count, k, splits, channels, stride_path, stride_split,
+            ends, totals, A, carry, count, k, splits, channels, stride_path, stride_split, *A.stride(),
             REVERSE=reverse, N=n, SPLITS=padded, BLOCK=block, num_warps=4,
         )  # fmt: skip
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from . import cuda
 from .common import STEPS
-from .reduce import carry_splits
+from .reduce import carry_splits, sum_rows
 
 STATES = range(4, 33)
 """Numbers of state variables that are served."""
 
-_RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread": 16}
+_RESIDENT = {"sequence_forward": 12, "sequence_backward": 12, "sequence_spread": 16, "sequence_tiles": 12}
 """Warps of a kernel on a multiprocessor that registers have room for."""
 
-_LANES = 8
-"""Threads that sequence_spread gives a channel of 16 states: four lanes that scan, four that read ahead."""
+_SPREAD_LANES, _TILES_LANES = 8, 16
+"""Threads of a channel of 16 states: in sequence_spread four that scan and four that read ahead, in sequence_tiles one a tile."""
 
 _SHORT = 1024
 """Steps of a sequence for which a second scan costs more than lanes that stay idle."""
@@ -30,11 +30,9 @@ _SHORT = 1024
 _ENOUGH = 8
 """Warps of sequence_spread on a multiprocessor from which on it is faster than a second scan."""
 
-_ALONE = 0.95
-"""Share of the multiprocessors from which on blocks of 24 channels, one on each, are faster as well, if they ask ahead."""
-
-_AHEAD = 4
-"""Tiles that they ask for before they read them. Other blocks lose by it."""
+_BLOCK_TIME = {24: 15.2, 16: 12.3, 8: 10.1}
+"""Time of a block of sequence_tiles by its channels, in that which a multiprocessor takes to scan a channel twice, a thread each.
+`tools/tune_sequence.py` times both."""
 
 _LARGEST = 2**31  # strides and offsets inside one image travel as 32-bit integers
 
@@ -50,8 +48,6 @@ class Plan:
     """A sequence is split only where it must be to fill the device: it is then scanned twice."""
     lanes: int = 1
     """Threads of a channel."""
-    ahead: int = 0
-    """Tiles that sequence_spread asks for into L2 before it reads one."""
 
     @property
     def warps(self) -> int:
@@ -63,14 +59,39 @@ def backward_plan(n: int, batch: int, groups: int, channels: int, length: int, p
     return thread_plan("sequence_backward", n, batch, groups, channels, length, processors)
 
 
-def forward_plan(n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
-    """A thread a channel; where that would split a sequence which is short or has channels enough, lanes that share a channel."""
+def forward_plan(
+    n: int, batch: int, groups: int, channels: int, length: int, processors: int, shared_memory: int = cuda.SHARED
+) -> Plan:
+    """A thread a channel; where that would scan a sequence twice, in splits, lanes that share a channel if they are faster."""
     threads = thread_plan("sequence_forward", n, batch, groups, channels, length, processors)
     if n != 16 or channels % 8 or threads.tiles_per_split >= -(-length // STEPS):
         return threads
     spread = spread_plan(batch, groups, channels, length, processors)
-    warps = batch * groups * channels * _LANES // 32
-    return spread if length <= _SHORT or warps >= _ENOUGH * processors or spread.ahead else threads
+    if length <= _SHORT:
+        return spread
+    tiles, time = tiles_plan(batch, groups, channels, length, processors, shared_memory)
+    if tiles is not None and time < batch * groups * channels / processors:
+        return tiles
+    return spread if batch * groups * channels * _SPREAD_LANES // 32 >= _ENOUGH * processors else threads
+
+
+def tiles_plan(
+    batch: int, groups: int, channels: int, length: int, processors: int, shared_memory: int
+) -> tuple[Plan | None, float]:
+    """Sixteen lanes a channel, a tile each, in blocks that are over first; and their time in the unit of `_BLOCK_TIME`.
+
+    None if shared memory has no room for a block; a multiprocessor has one at a time.
+    """
+
+    def time(plan: Plan) -> float:
+        blocks = channels // plan.channels * groups * batch
+        return -(-blocks // processors) * _BLOCK_TIME[plan.channels]
+
+    blocks = [block for block in _BLOCK_TIME if channels % block == 0]
+    plans = [Plan("sequence_tiles", block, -(-length // STEPS), _TILES_LANES) for block in blocks]
+    plans = [plan for plan in plans if _shared_bytes(16, plan) <= shared_memory]
+    best = min(plans, key=time, default=None)
+    return best, 0.0 if best is None else time(best)
 
 
 def spread_plan(batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
@@ -80,8 +101,7 @@ def spread_plan(batch: int, groups: int, channels: int, length: int, processors:
         return -(-(channels // block * groups * batch) // processors) * block
 
     block = min((block for block in (32, 24, 16, 8) if channels % block == 0), key=most)
-    alone = block == 24 and _ALONE * processors <= channels // block * groups * batch <= processors
-    return Plan("sequence_spread", block, -(-length // STEPS), _LANES, _AHEAD if alone and length > _SHORT else 0)
+    return Plan("sequence_spread", block, -(-length // STEPS), _SPREAD_LANES)
 
 
 def thread_plan(kernel: str, n: int, batch: int, groups: int, channels: int, length: int, processors: int) -> Plan:
@@ -135,14 +155,17 @@ class Sequence:
         self.sizes = (self.batch, self.groups, self.channels, self.length, cuda.processors(self.u.device))
 
     def forward(self, y: Tensor, states: Tensor, last: Tensor) -> None:
-        """Write y (batch, length, dim), the states before every tile (launch.states_shape), and the last state if it has room."""
-        plan = forward_plan(self.n, *self.sizes)
+        """Write y (batch, length, dim) and, if they have room, the states before every tile (launch.states_shape) and the last."""
+        plan = forward_plan(self.n, *self.sizes, cuda.shared_memory(self.u.device))
+        keep = int(states.numel() > 0)
         if (splits := self._splits(plan)) > 1:
             ends, totals = self._ends_and_totals(splits)
-            self._launch(plan, [y, ends, last, totals], [], SUMMARY=1, LAST=0)
-            stride = plan.tiles_per_split * states.stride(2)
+            self._launch(plan, [y, ends, last, totals], [], SUMMARY=1, LAST=0, KEEP=0)
+            if not keep:
+                states, _ = self._ends_and_totals(splits)  # those before every split
+            stride = (plan.tiles_per_split if keep else 1) * states.stride(2)
             carry_splits(ends, totals, self._decays(), states, states.stride(1), stride, reverse=False)
-        self._launch(plan, [y, states, last, states], [], SUMMARY=0, LAST=int(last.numel() > 0))
+        self._launch(plan, [y, states, last, states], [], SUMMARY=0, LAST=int(last.numel() > 0), KEEP=keep)
 
     def backward(self, dy: Tensor, states: Tensor) -> tuple[Tensor, ...]:
         """From dy (batch, length, dim), channels adjacent, and the forward's states to every gradient.
@@ -160,14 +183,15 @@ class Sequence:
         carry, totals = self._ends_and_totals(splits)
         tensors = [dy, states, du, ddelta, dz, parts, *sums.split(widths, dim=1)]
         sizes = [dy.stride(0), dy.stride(1), self.batch, sums.stride(0)]
+        words = self.channels % 2 == dy.stride(0) % 2 == dy.stride(1) % 2 == dy.data_ptr() % 4 == 0
+        copied = int(words and _copies_fit(self.n, plan))
         if splits > 1:
             ends, _ = self._ends_and_totals(splits)
-            self._launch(plan, [*tensors, ends, totals], sizes, SUMMARY=1)
+            self._launch(plan, [*tensors, ends, totals], sizes, SUMMARY=1, COPIED=copied)
             carry_splits(ends, totals, self._decays(), carry, carry.stride(1), carry.stride(2), reverse=True)
-        self._launch(plan, [*tensors, carry, totals], sizes, SUMMARY=0)
-        # clones: an operator's outputs have no storage in common
-        dB, dC = (g.to(u.dtype, copy=True) for g in (parts[0] if blocks == 1 else parts.sum(0)))
-        dA, dD, dbias = (g.clone() if g.numel() else u.new_empty(0) for g in sums.sum(0).split(widths))
+        self._launch(plan, [*tensors, carry, totals], sizes, SUMMARY=0, COPIED=copied)
+        dB, dC = (g.view(self.B.shape) for g in sum_rows(parts.flatten(1), 2 * (self.B.numel(),), u.dtype))
+        dA, dD, dbias = sum_rows(sums, tuple(widths))
         return du, ddelta, dz, dA.view(self.A.shape), dB, dC, dD, dbias
 
     def _blocks(self, plan: Plan) -> int:
@@ -183,7 +207,7 @@ class Sequence:
 
     def _decays(self) -> Tensor:
         """A as (groups, N, channels)."""
-        return self.A.unflatten(0, (self.groups, -1)).mT.contiguous()
+        return self.A.unflatten(0, (self.groups, -1)).mT
 
     def _launch(self, plan: Plan, tensors: list[Tensor], more: list[int], **flags: int) -> None:
         """Run a kernel, compiled for this case; an operand that is None is never read."""
@@ -194,7 +218,7 @@ class Sequence:
             "HAS_Z": int(self.z is not None), "HAS_BIAS": int(self.bias is not None), "SOFTPLUS": int(self.softplus),
             **flags,
         }  # fmt: skip
-        shared_bytes = _shared_bytes(self.n, plan, summary=bool(flags["SUMMARY"]))
+        shared_bytes = _shared_bytes(self.n, plan, bool(flags["SUMMARY"]), bool(flags.get("COPIED")))
         options = tuple(f"-D{name}={value}" for name, value in (macros | {"SHARED_BYTES": shared_bytes}).items())
         compiled = cuda.compile_kernel(plan.kernel, options, u.device, shared_bytes)
         operands = [u, self.delta, self.z, self.B, self.C, self.A, self.D, self.bias]
@@ -209,16 +233,29 @@ class Sequence:
 
 def shape_macros(n: int, plan: Plan) -> dict[str, int]:
     """What a kernel of N states is compiled for by its plan."""
-    return {"N": n, "LANES": plan.lanes, "WARPS": plan.warps, "BLOCKS": _blocks_at_once(n, plan), "AHEAD": plan.ahead}
+    return {"N": n, "LANES": plan.lanes, "WARPS": plan.warps, "BLOCKS": _blocks_at_once(n, plan)}
 
 
-def _shared_bytes(n: int, plan: Plan, summary: bool = False) -> int:
+def _copies_fit(n: int, plan: Plan) -> bool:
+    """Whether copies of dy, B and C leave room for as many blocks of the backward."""
+    return cuda.blocks_that_fit(_shared_bytes(n, plan, copied=True)) >= _blocks_at_once(n, plan)
+
+
+def _shared_bytes(n: int, plan: Plan, summary: bool = False, copied: bool = False) -> int:
     """Size of csrc's `Shared`, which asserts it."""
-    full = not summary
-    matrices, parameters = 4 * n * (STEPS + (4 if plan.lanes > 1 else 0)), 4 * n * plan.channels
+    full, channels = not summary, plan.channels
+    if plan.kernel == "sequence_tiles":
+        chunk, matrix_rows = _TILES_LANES * STEPS, -(-2 * n // plan.warps) * plan.warps
+        matrices, copies = 16 * n * chunk, 2 * (chunk + 16) * (4 * n + 3 * channels)
+        left = 2 * _TILES_LANES * (4 * (n * channels + 2) + 2 * (STEPS * channels + 2))
+        return matrices + copies + left + 8 * (n + 1) * channels + 8 * (3 * _TILES_LANES * channels + matrix_rows) + 16
+    matrices, parameters = 4 * n * (STEPS + (4 if plan.lanes > 1 else 0)), 4 * n * channels
     if plan.kernel == "sequence_backward":
-        rows, sums, grad = 2 * (STEPS + 8) * plan.channels, 8 * STEPS * n * plan.warps, 4 * (STEPS + 4) * plan.channels
-        return (2 + full) * (rows + parameters) + full * parameters + (1 + full) * matrices + full * (grad + sums + 384)
+        row = 2 * (STEPS + 8)
+        copies = (2 + full) * row * channels + (2 * STEPS * channels + (1 + full) * n * row if copied else 2 * channels + row)
+        walked = (2 + full) * parameters + (1 + full) * matrices
+        sums = 4 * STEPS * channels + parameters + 8 * STEPS * n * plan.warps + 384
+        return -(-copies // 16) * 16 + walked + full * sums
     if plan.kernel == "sequence_spread":
-        return 2 * (2 * matrices + 4 * plan.channels * (10 * STEPS + 40))
-    return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (plan.channels + 1) + 8 * plan.channels + 16
+        return 2 * (2 * matrices + 4 * channels * (10 * STEPS + 40))
+    return 2 * (matrices + parameters) + (1 + full) * 8 * STEPS * (channels + 1) + 8 * channels + 16

@@ -24,14 +24,14 @@ struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 static Index threadIdx, blockIdx;
-static volatile char touched;
 
 namespace emulator {
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_PHASE, DONE };
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     State state;
+    bool waits;  // for a barrier's next phase, since before its last turn
 };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
@@ -39,8 +39,8 @@ static int current;
 static void (*body)();
 struct Copy {
     void *to;
-    const void *from;  // none for zeros
-    int bytes;
+    const void *from;
+    int bytes, real;  // of which the rest are zeros
 };
 static std::vector<Copy> copies[1024];  // that each thread has yet to wait for
 static float lanes[32][32][8];  // what the lanes of each warp show each other
@@ -81,12 +81,13 @@ static int run_block(int threads) {
     for (std::vector<Copy> &pending : copies) pending.clear();
     for (;;) {
         bool ran = false, done = true;
+        for (Fiber &fiber : fibers) fiber.waits = fiber.state == AT_PHASE;
         for (int turn = 0; turn < threads; turn++) {
             current = blockIdx.x % 2 ? threads - 1 - turn : turn;
-            if (fibers[current].state == READY) {
+            if (fibers[current].state == READY || fibers[current].state == AT_PHASE) {
                 threadIdx.x = current;
                 swapcontext(&scheduler, &fibers[current].context);
-                ran = true;
+                ran = ran || !(fibers[current].waits && fibers[current].state == AT_PHASE);
             }
             done = done && fibers[current].state == DONE;
         }
@@ -115,25 +116,37 @@ static uint16_t float_to_bfloat(float v) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 // A copy arrives no earlier than its thread waits for it, and what it overwrites is gone at once.
-static void copy_later(void *to, const void *from, int bytes, bool real) {
-    if ((uintptr_t)to % bytes || (real && (uintptr_t)from % bytes)) std::abort();
+static void copy_later(void *to, const void *from, int bytes, int real) {
+    if ((uintptr_t)to % bytes || (real && (uintptr_t)from % bytes) || real < 0 || real > bytes) std::abort();
     std::memset(to, 0xff, bytes);
-    emulator::copies[emulator::current].push_back({to, real ? from : nullptr, bytes});
+    emulator::copies[emulator::current].push_back({to, from, bytes, real});
 }
-static void copy_async(void *to, const void *from, bool real) { copy_later(to, from, 16, real); }
-static void copy_word(void *to, const void *from, bool real) { copy_later(to, from, 4, real); }
+static void copy_async(void *to, const void *from, bool real) { copy_later(to, from, 16, real ? 16 : 0); }
+static void copy_bytes(void *to, const void *from, int bytes) { copy_later(to, from, 16, bytes); }
+static void copy_word(void *to, const void *from, bool real) { copy_later(to, from, 4, real ? 4 : 0); }
+// A barrier in shared memory: how many arrive in a phase, how many of them have yet to, and the phases that are over.
+static void begin_barrier(unsigned long long &barrier, int count) { barrier = (unsigned)count | (unsigned)count << 16; }
+static void arrive(unsigned long long &barrier) {
+    barrier -= 1 << 16;
+    if (!(barrier >> 16 & 0xffff)) barrier += (1ull << 32) + ((barrier & 0xffff) << 16);
+}
+static void wait_for(unsigned long long &barrier, int parity) {
+    while ((int)(barrier >> 32 & 1) == parity) emulator::wait(emulator::AT_PHASE);
+}
 static void wait_copies() {
-    for (const emulator::Copy &copy : emulator::copies[emulator::current])
-        copy.from ? (void)std::memcpy(copy.to, copy.from, copy.bytes) : (void)std::memset(copy.to, 0, copy.bytes);
+    for (const emulator::Copy &copy : emulator::copies[emulator::current]) {
+        std::memcpy(copy.to, copy.from, copy.real);
+        std::memset((char *)copy.to + copy.real, 0, copy.bytes - copy.real);
+    }
     emulator::copies[emulator::current].clear();
 }
-static void prefetch(const void *from) { touched = *(const volatile char *)from; }  // for AddressSanitizer
 template <class V>
 static void store_if(uint32_t condition, V *to, V v) {
     if (condition) *to = v;
 }
 template <class V>
 static V *afresh(V *p) { return p; }
+static int afresh(int v) { return v; }
 static float opaque(float v) { return v; }
 static float exchange(float v, int mask) {
     emulator::mine()[0] = v;
@@ -142,6 +155,15 @@ static float exchange(float v, int mask) {
     __syncwarp();
     return other;
 }
+static float before_by(float v, int lanes) {
+    emulator::mine()[0] = v;
+    __syncwarp();
+    const int i = threadIdx.x % 32;
+    const float before = emulator::lane(i % 16 < lanes ? i : i - lanes)[0];
+    __syncwarp();
+    return before;
+}
+static uint32_t shifted(uint32_t low, uint32_t high, int bits) { return (uint32_t)(((uint64_t)high << 32 | low) >> bits); }
 static uint32_t ballot(bool v) {
     emulator::mine()[0] = v;
     __syncwarp();

@@ -10,19 +10,20 @@ from test_csrc_kernels import BF16, DEVICE, F16, broken, kernels, pytestmark  # 
 from visionssm.ops import selective_scan, selective_scan_ref
 from visionssm.ops.testing import assert_within_budget, outputs_and_gradients, selective_scan_inputs, to_float64
 
-FORWARD, BACKWARD, SPREAD = "sequence_forward", "sequence_backward", "sequence_spread"
+FORWARD, BACKWARD, SPREAD, TILES = "sequence_forward", "sequence_backward", "sequence_spread", "sequence_tiles"
+LANES = {FORWARD: 1, SPREAD: 8, TILES: 16}
 
 
 @pytest.fixture
 def plan(monkeypatch):
     """Cut up the work as a test wants it, whatever the device."""
 
-    def choose(channels=32, tiles_per_split=1000, spread=False, spread_channels=8, ahead=0):
+    def choose(channels=32, tiles_per_split=1000, kernel=FORWARD, forward_channels=8):
         from visionssm.ops.kernels import sequence
 
         backward = sequence.Plan(BACKWARD, channels, tiles_per_split)
         threads = sequence.Plan(FORWARD, channels, tiles_per_split)
-        forward = sequence.Plan(SPREAD, spread_channels, 1000, lanes=8, ahead=ahead) if spread else threads
+        forward = threads if kernel == FORWARD else sequence.Plan(kernel, forward_channels, 1000, LANES[kernel])
         monkeypatch.setattr(sequence, "backward_plan", lambda *sizes: backward)
         monkeypatch.setattr(sequence, "forward_plan", lambda *sizes: forward)
 
@@ -77,18 +78,30 @@ def test_sequence(kernels, plan, sizes, options, softplus):  # noqa: F811
     ],
     ids=str,
 )
-def test_states_spread_over_lanes(kernels, plan, sizes, options, softplus):  # noqa: F811
-    plan(spread=True)
+@pytest.mark.parametrize("kernel", [SPREAD, TILES])
+def test_lanes_that_share_a_channel(kernels, plan, kernel, sizes, options, softplus):  # noqa: F811
+    plan(kernel=kernel)
     batch, dim, length, state = sizes
     check(selective_scan_inputs(batch, dim, length, state, softplus=softplus, device=DEVICE, **options), softplus)
-    assert kernels == [SPREAD, BACKWARD]
+    assert kernels == [kernel, BACKWARD]
 
 
-@pytest.mark.parametrize(("channels", "ahead"), [(16, 0), (24, 4), (32, 2)])
-def test_blocks_of_spread_states(kernels, plan, channels, ahead):  # noqa: F811
-    plan(spread=True, spread_channels=channels, ahead=ahead)
-    check(selective_scan_inputs(2, 96, 53 + 16 * ahead, 16, z=ahead < 4, device=DEVICE, dtype=F16))
-    assert kernels == [SPREAD, BACKWARD]
+@pytest.mark.parametrize(("kernel", "channels"), [(SPREAD, 16), (SPREAD, 24), (SPREAD, 32), (TILES, 16), (TILES, 24)])
+def test_blocks_of_lanes(kernels, plan, kernel, channels):  # noqa: F811
+    plan(kernel=kernel, forward_channels=channels)
+    check(selective_scan_inputs(2, 96, 53, 16, z=channels < 24, device=DEVICE, dtype=F16))
+    assert kernels == [kernel, BACKWARD]
+
+
+@pytest.mark.parametrize("length", [255, 256, 257, 512, 520, 773, 1031])
+def test_chunks(kernels, plan, length):  # noqa: F811
+    """Whole chunks and the rest of one, in rows that start anywhere in sixteen bytes."""
+    plan(kernel=TILES)
+    inputs = selective_scan_inputs(1, 8, length, 16, groups=1, device=DEVICE, dtype=BF16)
+    high = selective_scan_ref(**to_float64(inputs), delta_softplus=True)
+    low = selective_scan_ref(**inputs, delta_softplus=True)
+    assert_within_budget(selective_scan(**inputs, delta_softplus=True, backend="triton"), low, high, "y")
+    assert kernels == [TILES]
 
 
 @pytest.mark.parametrize(("batch", "channels", "block"), [(8, 384, 24), (1, 384, 8), (1, 40, 8), (32, 768, 32), (3, 352, 8)])
@@ -99,20 +112,28 @@ def test_the_blocks_of_spread_states(batch, channels, block):
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "length", "ahead"),
-    [(8, 384, 6085, True), (16, 384, 6085, False), (8, 384, 197, False), (8, 352, 6085, False)],
+    ("batch", "channels", "shared_memory", "block"),
+    [
+        (8, 384, 232448, 24),
+        (5, 384, 232448, 16),
+        (8, 512, 232448, 16),
+        (2, 384, 232448, 8),
+        (8, 384, 166912, 8),  # what smaller GPUs have
+        (8, 384, 101376, None),
+    ],
 )
-def test_one_block_a_multiprocessor_asks_ahead(batch, channels, length, ahead):
-    from visionssm.ops.kernels.sequence import spread_plan
+def test_the_blocks_of_tiles(batch, channels, shared_memory, block):
+    from visionssm.ops.kernels.sequence import tiles_plan
 
-    assert (spread_plan(batch, 1, channels, length, processors=132).ahead > 0) == ahead
+    plan, _ = tiles_plan(batch, 1, channels, 6085, processors=132, shared_memory=shared_memory)
+    assert (plan and plan.channels) == block
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("kernel", [FORWARD, SPREAD, TILES])
 @pytest.mark.parametrize("dtype", [F16, BF16])
-def test_states_that_cancel(kernels, plan, dtype, spread):  # noqa: F811
+def test_states_that_cancel(kernels, plan, dtype, kernel):  # noqa: F811
     """Equal states whose shares of y add up to a hundredth of each: the sum over them is to float32's accuracy."""
-    plan(spread=spread)
+    plan(kernel=kernel)
     inputs = selective_scan_inputs(1, 8, 37, 16, D=False, z=False, dtype=dtype, device=DEVICE)
     inputs["A"] = inputs["A"][:, :1].expand(-1, 16).contiguous()
     inputs["B"] = inputs["B"][:, :1].expand(-1, 16, -1).contiguous()
@@ -121,7 +142,7 @@ def test_states_that_cancel(kernels, plan, dtype, spread):  # noqa: F811
     low, high = (selective_scan_ref(**t, delta_softplus=True) for t in (inputs, to_float64(inputs)))
     y = selective_scan(**inputs, delta_softplus=True, backend="triton")
     assert_within_budget(y, low, high, "y")
-    assert kernels == [SPREAD if spread else FORWARD]
+    assert kernels == [kernel]
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -156,9 +177,27 @@ def test_split_sequence(kernels, plan, tiles_per_split):  # noqa: F811
     assert kernels == [FORWARD, FORWARD, BACKWARD, BACKWARD]
 
 
-@pytest.mark.parametrize(
-    ("state", "cut"), [(4, {}), (4, {"tiles_per_split": 1}), (16, {"spread": True})], ids=["one", "split", "spread"]
-)
+CUTS = [(4, {}), (4, {"tiles_per_split": 1}), (16, {"kernel": SPREAD}), (16, {"kernel": TILES})]
+
+
+@pytest.mark.parametrize(("state", "cut"), CUTS, ids=str)
+def test_without_a_gradient_no_states_are_kept(kernels, plan, state, cut):  # noqa: F811
+    plan(**cut)
+    inputs = selective_scan_inputs(2, 16, 37, state, groups=2, device=DEVICE, dtype=F16)
+    expected = selective_scan(**inputs | {"u": inputs["u"].clone().requires_grad_()}, delta_softplus=True, backend="triton")
+    assert torch.equal(selective_scan(**inputs, delta_softplus=True, backend="triton"), expected)
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    operands = [inputs[name].requires_grad_() for name in names]
+    with torch.no_grad():
+        y = selective_scan(*operands, delta_softplus=True, backend="triton")
+    assert torch.equal(y, expected)
+    y, _, states = torch.ops.visionssm.selective_scan(*operands, True, False, False)
+    assert states.numel() == 0
+    with pytest.raises(RuntimeError, match="keep_states"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(("state", "cut"), CUTS, ids=str)
 @pytest.mark.parametrize("length", [21, 32])
 def test_last_state(kernels, plan, state, cut, length):  # noqa: F811
     plan(**cut)
@@ -166,20 +205,20 @@ def test_last_state(kernels, plan, state, cut, length):  # noqa: F811
     _, state = selective_scan(**inputs, delta_softplus=True, return_last_state=True, backend="triton")
     _, expected = selective_scan_ref(**to_float64(inputs), delta_softplus=True, return_last_state=True)
     torch.testing.assert_close(state.double(), expected, rtol=1e-5, atol=1e-6)
-    assert kernels[0] == (SPREAD if cut.get("spread") else FORWARD)
+    assert kernels[0] == cut.get("kernel", FORWARD)
 
 
-@pytest.mark.parametrize(("state", "spread"), [(4, False), (16, True)])
-def test_strided_operands(kernels, plan, state, spread):  # noqa: F811
+@pytest.mark.parametrize(("state", "kernel"), [(4, FORWARD), (16, SPREAD), (16, TILES)])
+def test_strided_operands(kernels, plan, state, kernel):  # noqa: F811
     """u and z are halves of one map, B and C slices of one projection: read where they lie."""
-    plan(spread=spread)
+    plan(kernel=kernel)
     inputs = selective_scan_inputs(2, 24, 21, state, groups=1, device=DEVICE, dtype=BF16)
     expected = selective_scan(**inputs, delta_softplus=True, backend="triton")
     inputs["u"], inputs["z"] = torch.cat([inputs["u"], inputs["z"]], dim=1).chunk(2, dim=1)
     inputs["B"], inputs["C"] = torch.cat([inputs["B"], inputs["C"]], dim=2).chunk(2, dim=2)
     assert not any(inputs[name].is_contiguous() for name in ("u", "z", "B", "C"))
     assert torch.equal(selective_scan(**inputs, delta_softplus=True, backend="triton"), expected)
-    assert kernels == 2 * [SPREAD if spread else FORWARD]
+    assert kernels == 2 * [kernel]
 
 
 @pytest.mark.parametrize(
@@ -189,11 +228,11 @@ def test_strided_operands(kernels, plan, state, spread):  # noqa: F811
         (16, 32, 384, 197, SPREAD),
         (16, 256, 384, 197, FORWARD),  # enough channels
         (16, 1, 384, 6085, FORWARD),  # in splits
-        (16, 7, 384, 6085, FORWARD),
-        (16, 8, 384, 6085, SPREAD),
-        (16, 8, 352, 6085, FORWARD),  # in blocks of 8
-        (16, 9, 384, 6085, FORWARD),
-        (16, 16, 384, 6085, SPREAD),
+        (16, 4, 384, 6085, FORWARD),
+        (16, 5, 384, 6085, TILES),
+        (16, 8, 384, 6085, TILES),
+        (16, 9, 384, 6085, TILES),  # in blocks of 16, in two rounds
+        (16, 16, 384, 6085, TILES),
         (16, 16, 388, 6085, FORWARD),
         (8, 1, 384, 197, FORWARD),
         (16, 1, 388, 197, FORWARD),
@@ -217,7 +256,7 @@ def test_opcheck(kernels, optional):  # noqa: F811
     inputs = selective_scan_inputs(1, 4, 5, 4, 2, D=optional, z=optional, delta_bias=optional, device=DEVICE, dtype=BF16)
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     operands = (None if inputs[name] is None else inputs[name].requires_grad_() for name in names)
-    torch.library.opcheck(torch.ops.visionssm.selective_scan.default, (*operands, True, True))
+    torch.library.opcheck(torch.ops.visionssm.selective_scan.default, (*operands, True, True, True))
     assert FORWARD in kernels
 
 
@@ -230,11 +269,13 @@ def test_channels_last_maps_are_left_to_triton(kernels):  # noqa: F811
 
 @pytest.mark.parametrize("tiles_per_split", [1000, 1])
 @pytest.mark.parametrize(
-    ("fails", "serves"), [(FORWARD, BACKWARD), (BACKWARD, FORWARD), (SPREAD, BACKWARD), (BACKWARD, SPREAD)], ids=str
+    ("fails", "serves"),
+    [(FORWARD, BACKWARD), (BACKWARD, FORWARD), (SPREAD, BACKWARD), (BACKWARD, SPREAD), (TILES, BACKWARD), (BACKWARD, TILES)],
+    ids=str,
 )
 def test_triton_serves_in_place_of_a_kernel_that_does_not_compile(kernels, broken, plan, fails, serves, tiles_per_split):  # noqa: F811
     """One direction by Triton, the other from csrc: they keep the same states."""
-    plan(tiles_per_split=tiles_per_split, spread=SPREAD in (fails, serves))
+    plan(tiles_per_split=tiles_per_split, kernel=next((k for k in (SPREAD, TILES) if k in (fails, serves)), FORWARD))
     broken(fails)
     check(selective_scan_inputs(2, 48, 37, 16, groups=2, device=DEVICE, dtype=F16))
     assert set(kernels) == {serves}

@@ -246,10 +246,11 @@ def leaves_of(inputs):
     return {name: t.requires_grad_() for name, t in inputs.items()}
 
 
-def opcheck_backward(operator, arguments, *backend):
+def opcheck_backward(operator, arguments, *rest):
     """Of the operator's gradient: among others, that its outputs have no storage in common."""
     arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
-    y, _, states = operator(*arguments, False, *backend)
+    y, _, states = operator(*arguments, False, *rest)
+    backend = rest if rest == ("triton",) else ()
     backward = getattr(torch.ops.visionssm, f"{operator.__name__}_backward").default
     torch.library.opcheck(
         backward, (torch.randn_like(y), states, *arguments, *backend), test_utils=("test_schema", "test_faketensor")
@@ -270,8 +271,8 @@ def test_opcheck_of_the_map():
 def test_opcheck_of_the_sequence():
     t = leaves_of(selective_scan_inputs(1, 4, 5, 2, 2, device=DEVICE, dtype=F32))
     arguments = tuple(t[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
-    torch.library.opcheck(torch.ops.visionssm.selective_scan.default, (*arguments, True, True))
-    opcheck_backward(torch.ops.visionssm.selective_scan, (*arguments, True))
+    torch.library.opcheck(torch.ops.visionssm.selective_scan.default, (*arguments, True, True, True))
+    opcheck_backward(torch.ops.visionssm.selective_scan, (*arguments, True), True)  # keep_states
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice; the results are held to float32
