@@ -37,14 +37,34 @@ DEVICE void copy_row(uint16 *row, const uint16 *from, int left) {
     for (int i = 0; i < PIECES; i++) copy_piece(row, from, left, i);
 }
 
-DEVICE void load_row(float (&v)[T], const uint16 *row, int skip) {
-    uint32 pairs[T / 2];
-    load_pairs(pairs, row, row + 8, row + 16, skip);
+DEVICE void convert(float (&v)[T], const uint32 (&pairs)[T / 2]) {
 #pragma unroll
     for (int i = 0; i < T / 2; i++) {
         const float2 both = to_floats(pairs[i]);
         v[2 * i] = both.x, v[2 * i + 1] = both.y;
     }
+}
+
+// The first time it is read, a row moves to its first two pieces, where it is read again.
+DEVICE void load_row(float (&v)[T], uint16 *row, int skip) {
+    uint32 pairs[T / 2];
+    load_pairs(pairs, row, row + 8, row + 16, skip);
+    if (!SUMMARY) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            *(int4 *)(row + 8 * i) = {(int)pairs[4 * i], (int)pairs[4 * i + 1], (int)pairs[4 * i + 2], (int)pairs[4 * i + 3]};
+    }
+    convert(v, pairs);
+}
+
+DEVICE void load_moved(float (&v)[T], const uint16 *row) {
+    uint32 pairs[T / 2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int4 words = *(const int4 *)(row + 8 * i);
+        pairs[4 * i] = words.x, pairs[4 * i + 1] = words.y, pairs[4 * i + 2] = words.z, pairs[4 * i + 3] = words.w;
+    }
+    convert(v, pairs);
 }
 
 // What a map with adjacent channels holds of a thread's channel, `steps` of a tile and zeros after them. Of a pair of channels, which
@@ -227,6 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
 #endif
         if (!COPIED) return;
         copy_steps(shared.dy, grads_of(tile), dy_step, own_left, thread);
+#pragma unroll 1
         for (int e = afresh(thread); e < (SUMMARY ? N : 2 * N) * PIECES; e += THREADS)
             copy_piece(shared.raw[e / PIECES], matrix_row(e / PIECES) + first_step, left, e % PIECES);
     };
@@ -254,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         __syncthreads();
         float step[T], grad[T];
         load_steps(grad, shared.dy, grads_of(tile), dy_step, real ? steps : 0, thread);
-        auto load = [&](float (&v)[T], const uint16 *row, const uint16 *map, int batch_stride, int row_stride) INLINE {
+        auto load = [&](float (&v)[T], uint16 *row, const uint16 *map, int batch_stride, int row_stride) INLINE {
             load_row(v, row, misplaced(row_of(map, batch_stride, row_stride)));
         };
         load(step, shared.delta[own], delta, delta_batch, delta_row);
@@ -288,9 +309,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         if (HAS_Z) load_steps(gated, shared.dy, grads_of(tile), dy_step, real ? steps : 0, thread);
         const long long to = at_step(first_step);
         char *const to_du = (char *)(du + to), *const to_ddelta = (char *)(ddelta + to), *const to_dz = (char *)(dz + to);
-        load(value, shared.u[own], u, u_batch, u_row);
-        load(v, shared.delta[own], delta, delta_batch, delta_row);
-        if (HAS_Z) load(gate, shared.z[own], z, z_batch, z_row);
+        load_moved(value, shared.u[own]);
+        load_moved(v, shared.delta[own]);
+        if (HAS_Z) load_moved(gate, shared.z[own]);
         __syncwarp();  // dy is read
         if (tile > begin) fetch(tile - 1);
 #pragma unroll
