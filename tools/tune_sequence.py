@@ -1,7 +1,7 @@
 """Time the plans of the CUDA C++ forward scan over mamba's layout: `python tools/tune_sequence.py [--out benchmarks/NAME.csv]`.
 
-`selective_scan` with z, D, delta_bias and softplus, 16 states, bfloat16, no gradient: a thread a channel, and eight or sixteen threads
-that share one, in blocks of several sizes. Every plan's result is compared with that of today's first.
+`selective_scan` with z, D, delta_bias and softplus, 16 states, bfloat16, no gradient: a thread a channel, and eight or sixteen that
+share one, in blocks of several sizes. Every plan's result is compared with that of today's first.
 """
 
 from __future__ import annotations
