@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from mmengine.config import Config
 
 from visionssm import config_path
 from visionssm.engine import Runner
 from visionssm.engine.launch import INTERRUPTED, main_test, main_train, newest_checkpoint
+from visionssm.engine.values import check_values
+from visionssm.errors import UserError
 
 DIGITS = "classification/vmamba-nano_digits"
 FOLDER = "classification/vmamba-nano_imagefolder"
@@ -234,6 +237,10 @@ def test_missing_checkpoint(tiny, capsys):
         ("model.backbone=vmamba_nano", "model.backbone: got 'vmamba_nano', expected a dict of values"),
         ("model.mixup={'mixup_alpha':0.8}", "model.mixup: got \"{'mixup_alpha':0.8}\", expected a dict of values"),
         ("val_dataloader=None", "val_dataloader, val_cfg, val_evaluator: expected all or none; val_dataloader is None"),
+        ("optim_wrapper.optimizer.lr=None", "optim_wrapper.optimizer.lr: got None, expected a number, at least 0"),
+        ("optim_wrapper.optimizer.betas=0.9", "config: AdamW cannot be built of what it is given: TypeError: "),
+        ("default_hooks.logger.interval=0", "default_hooks.logger.interval: got 0, expected a whole number, at least 1"),
+        ("default_hooks.checkpoint.interval=0", "checkpoint.interval: got 0, expected a whole number, at least 1, or -1 for never"),
         ("param_scheduler.0.end=0", "param_scheduler.0.end: got 0, expected more than 0, where LinearLR begins"),
     ],
 )
@@ -241,6 +248,14 @@ def test_wrong_option_is_one_line(option, message, tiny, capsys):
     config, work = tiny
     assert main_train([str(config), "--work-dir", str(work), "--cfg-options", option]) == 1
     check_one_line(capsys.readouterr().err, message)
+
+
+def test_mixup_modes():
+    cfg = Config({"model": {"mixup": {"mixup_alpha": 0.8, "mode": "elem"}}})
+    check_values(cfg)
+    cfg.model.mixup.mode = "bach"  # timm would mix batches
+    with pytest.raises(UserError, match=r"model\.mixup\.mode: got 'bach', expected one of batch, pair, elem"):
+        check_values(cfg)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import itertools
 import shlex
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_main_process
+from mmengine.registry.build_functions import build_from_cfg
 from rich.console import Console
 
 from visionssm.commands.training import add_test_arguments, add_train_arguments, compile_mode
@@ -31,6 +33,11 @@ from .sharded import FlexibleRunner
 from .work_dir import check_kept, check_space, check_writable
 
 INTERRUPTED = 130  # the shell's exit status for Ctrl-C
+
+_LOWER = (
+    "out of memory on the device: lower train_dataloader.batch_size and raise optim_wrapper.accumulative_counts by "
+    "the same factor, which trains alike; or lower input_size, or add --amp ({})"
+)
 
 _console = Console(soft_wrap=True, highlight=False)
 _runs = itertools.count(1)  # of this process
@@ -163,7 +170,8 @@ def _explained() -> Iterator[None]:
     """What the user can correct, as a UserError of one line.
 
     Raises:
-        UserError: one from a loader's worker without its traceback; a missing file; too little memory, with what to lower.
+        UserError: one from a loader's worker without its traceback; a missing file; arguments that a part of a config does not
+            take; too little memory, with what to lower.
     """
     try:
         with _interruptions():
@@ -174,11 +182,24 @@ def _explained() -> Iterator[None]:
     except FileNotFoundError as error:
         reason = str(error).rpartition(f"{FileNotFoundError.__name__}: ")[2]
         raise UserError(" ".join(reason.split())) from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "out of memory on the device: lower train_dataloader.batch_size and raise optim_wrapper.accumulative_counts by "
-            f"the same factor, which trains alike; or lower input_size, or add --amp ({first_line(error)})"
-        ) from error
+    except (TypeError, ValueError, KeyError, AssertionError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(_LOWER.format(first_line(error))) from error
+        part = _failed_part(error)
+        if part is None:
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"config: {part} cannot be built of what it is given: {reason}") from error
+
+
+def _failed_part(error: Exception) -> str | None:
+    """The class that a config names and that failed to be built, the innermost; None if something else failed."""
+    names = [
+        getattr(frame.f_locals.get("obj_cls"), "__name__", None)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code is build_from_cfg.__code__
+    ]
+    return names[-1] if names else None
 
 
 def _prepare(args: Namespace, distributed: bool) -> Config:

@@ -19,6 +19,7 @@ _WHOLE = {
     "train_cfg.val_interval": 1,
     "optim_wrapper.accumulative_counts": 1,
     "randomness.seed": 0,
+    "default_hooks.logger.interval": 1,
     **{f"{name}_dataloader.batch_size": 1 for name in _LOADERS},
     **{f"{name}_dataloader.num_workers": 0 for name in _LOADERS},
 }
@@ -27,6 +28,9 @@ _REAL = {
     "optim_wrapper.optimizer.weight_decay": 0,
     "optim_wrapper.clip_grad.max_norm": 0,
 }
+
+
+_MIXUP_MODES = ("batch", "pair", "elem")  # timm takes any other for the first
 
 
 def check_values(cfg: Config) -> None:
@@ -50,6 +54,16 @@ def check_values(cfg: Config) -> None:
     smoothing = _found(cfg, "model.label_smoothing")
     if smoothing is not None and not (isinstance(smoothing, int | float) and 0 <= smoothing < 1):
         raise UserError(f"model.label_smoothing: got {smoothing!r}, expected a number from 0 to below 1")
+    optimizer = _found(cfg, "optim_wrapper.optimizer") or {}
+    if optimizer.get("lr", 0) is None:
+        raise UserError("optim_wrapper.optimizer.lr: got None, expected a number, at least 0")
+    mode = _found(cfg, "model.mixup.mode")
+    if mode not in (None, *_MIXUP_MODES):
+        raise UserError(f"model.mixup.mode: got {mode!r}, expected one of {', '.join(_MIXUP_MODES)}")
+    interval = _found(cfg, "default_hooks.checkpoint.interval")
+    if interval is not None and not (type(interval) is int and (interval >= 1 or interval == -1)):
+        what = "a whole number, at least 1, or -1 for never"
+        raise UserError(f"default_hooks.checkpoint.interval: got {interval!r}, expected {what}")
     for name, third in zip(_LOADERS, ("optim_wrapper", "val_evaluator", "test_evaluator"), strict=True):
         parts = {key: cfg.get(key) is not None for key in (f"{name}_dataloader", f"{name}_cfg", third)}
         if any(parts.values()) and not all(parts.values()):
