@@ -87,8 +87,8 @@ def selective_scan(
     B, C = (m if m.dim() == 4 else m.unsqueeze(1) for m in (B, C))
     if backend == "triton":
         operands = (u, delta, A, B, C, D, z, delta_bias)
-        # what the backward needs is a third of the traffic
-        keep_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+        # What the backward needs is a third of the traffic. Operands are not asked: under vmap none says it requires a gradient.
+        keep_states = torch.is_grad_enabled()
         y, last_state, _ = torch.ops.visionssm.selective_scan(*operands, delta_softplus, return_last_state, keep_states)
         return (y, last_state) if return_last_state else y
     split = (groups, dim // groups)

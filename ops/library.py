@@ -38,7 +38,7 @@ _SEQUENCE_ARGUMENTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
 )
 _LIB.define(
-    f"selective_scan({_SEQUENCE_ARGUMENTS}, bool return_last_state, bool keep_states)"
+    f"selective_scan({_SEQUENCE_ARGUMENTS}, bool return_last_state, bool keep_states=True)"
     " -> (Tensor y, Tensor last_state, Tensor states)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -197,7 +197,7 @@ def _sequence(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
-    keep_states: bool,
+    keep_states: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `selective_scan` in api.py; B and C are (batch, groups, state, length) here. y is a view of a channels-last map.
 
@@ -219,7 +219,7 @@ def _sequence_fake(
     delta_bias: Tensor | None,
     delta_softplus: bool,
     return_last_state: bool,
-    keep_states: bool,
+    keep_states: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, dim, length = u.shape
     groups, state = B.shape[1], A.shape[1]
@@ -276,7 +276,7 @@ def _sequence_autograd(ctx: object, dy: Tensor | None, *_: None) -> tuple:
     if dy is None:
         return (None,) * 11
     if not ctx.kept:
-        raise RuntimeError("visionssm: no gradient of a selective_scan that was called without keep_states")
+        raise RuntimeError("visionssm: no gradient of a selective_scan that ran, or was traced, with gradients turned off")
     grads = torch.ops.visionssm.selective_scan_backward(dy, states, *tensors, ctx.softplus)
     return (*(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[:8], strict=True)), None, None, None)
 

@@ -51,7 +51,7 @@ class Row:
     shape: str
     dtype: str
     direction: str
-    """forward: without a gradient; training: what precedes a backward; both: that and the backward. copy is a copy's."""
+    """forward (without gradients), training (a forward that keeps what a backward needs), both (that and the backward), or copy."""
     provider: str
     p20: float
     p50: float

@@ -101,7 +101,7 @@ DEVICE void copy_async(void *to, const void *from, bool real) {
 DEVICE void copy_word(void *to, const void *from, bool real) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
-// As many bytes of the sixteen as `bytes` says, and zeros.
+// As many bytes of the sixteen as `bytes` says, and zeros; in the place of what the thread has just read, as well.
 DEVICE void copy_bytes(void *to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
 }

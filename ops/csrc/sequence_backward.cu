@@ -1,18 +1,17 @@
 // The backward scan over mamba's layout.
 //
 // With g = dL/dh: g[t] = C[t] dy[t] + a[t+1] g[t+1]. Every tile is walked twice for each state, down, to recompute what it was from the
-// one saved at the tile's start, and up; between tiles the gradient that comes back, and the sum for dA, rest in shared memory. Whatever a
-// tile needs comes while the one after it is worked on. Sums over channels (dB, dC) are complete for a block, sums over steps (dA, dD,
-// dbias) for an image and split: the launcher adds up the rest in a fixed order.
+// one saved at the tile's start, and up; between tiles the gradient that comes back, and the sum for dA, rest in shared memory. A tile's
+// state and its u, delta and z come while the tile after it is worked on, with COPIED its dy, B and C as well. Sums over channels (dB, dC)
+// are complete for a block, sums over steps (dA, dD, dbias) for an image and split: the launcher adds up the rest in a fixed order.
 //
-//   COPIED  1 where dy, B and C are copied ahead as the other maps are: shared memory has room for that, and two channels of dy, side by
-//           side, are four bytes from a multiple of four on
+//   COPIED  0 or 1; 1 takes more shared memory, and a dy of which two channels, side by side, are four bytes from a multiple of four on
 
 constexpr int PIECES = T / 8 + 1, ROW = 8 * PIECES;  // of a row in shared memory; lanes that read their own rows' do not share a bank
 
 struct alignas(16) Shared {
     uint16 delta[CHANNELS][ROW], z[CHANNELS][ROW], dy[COPIED ? T : 1][CHANNELS];
-    uint16 raw[COPIED ? (SUMMARY ? N : 2 * N) : 1][ROW];  // C, then B, as they came
+    uint16 raw[COPIED ? (SUMMARY ? N : 2 * N) : 1][ROW];  // rows of C and then of B, as copied
     float C[N][MATRIX_ROW];
     float A[N][CHANNELS], carry[N][CHANNELS];
 #if !SUMMARY
@@ -238,8 +237,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) sequence_backward(
         return (of_C ? C : B) + (long long)image() * (of_C ? C_batch : B_batch) + (long long)work.k * (of_C ? C_group : B_group)
                + (long long)(of_C ? row : row - N) * (of_C ? C_row : B_row);
     };
-    auto fetch = [&](int tile) INLINE {  // what a tile needs, but for its states
-        const int first_step = tile * T, left = length - first_step, own_left = real ? left : 0;
+    auto fetch = [&](int tile) INLINE {  // start copying what a tile needs, but for its states
+        const int first_step = tile * T, left = length - first_step, own_left = real ? left : -ROW;  // none of a piece either
         copy_row(shared.delta[own], row_of(delta, delta_batch, delta_row) + first_step, own_left);
         if (HAS_Z) copy_row(shared.z[own], row_of(z, z_batch, z_row) + first_step, own_left);
 #if !SUMMARY

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ SHARED = 227 * 1024
 """Bytes of shared memory of a Hopper multiprocessor, 1024 of which go with every block; elsewhere fewer blocks run at once."""
 
 _LARGEST = 2**30  # strides travel as 32-bit integers, and are doubled there; sums of them do not
+_thread = threading.local()
 _SOURCES = Path(__file__).parent.parent / "csrc"
 
 
@@ -204,10 +206,21 @@ def compile_kernel(kernel: str, options: tuple[str, ...], device: torch.device, 
     Raises:
         NotCompiledError: there is none for this case and device.
     """
+    _make_context(device)
     compiled = _compiled(kernel, options, device, shared_bytes)
     if compiled is None:
         raise NotCompiledError(kernel)
     return compiled
+
+
+def _make_context(device: torch.device) -> None:
+    """Give the thread the device's context, which a kernel is loaded into and launched from.
+
+    One of autograd's has none until it calls the CUDA runtime, and a kernel of csrc may be the first thing it does.
+    """
+    if device not in vars(_thread).setdefault("devices", set()):
+        torch.cuda.mem_get_info(device)
+        _thread.devices.add(device)
 
 
 @functools.cache

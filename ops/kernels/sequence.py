@@ -159,10 +159,10 @@ class Sequence:
         plan = forward_plan(self.n, *self.sizes, cuda.shared_memory(self.u.device))
         keep = int(states.numel() > 0)
         if (splits := self._splits(plan)) > 1:
-            ends, totals = self._ends_and_totals(splits)
+            ends, totals = self._ends(splits), self._totals(splits)
             self._launch(plan, [y, ends, last, totals], [], SUMMARY=1, LAST=0, KEEP=0)
             if not keep:
-                states, _ = self._ends_and_totals(splits)  # those before every split
+                states = self._ends(splits)  # room for those before every split
             stride = (plan.tiles_per_split if keep else 1) * states.stride(2)
             carry_splits(ends, totals, self._decays(), states, states.stride(1), stride, reverse=False)
         self._launch(plan, [y, states, last, states], [], SUMMARY=0, LAST=int(last.numel() > 0), KEEP=keep)
@@ -180,13 +180,13 @@ class Sequence:
         parts = u.new_empty((blocks, 2, *self.B.shape), dtype=torch.float32)
         widths = [0 if p is None else p.numel() for p in (self.A, self.D, self.bias)]
         sums = u.new_empty((self.batch * splits, sum(widths)), dtype=torch.float32)
-        carry, totals = self._ends_and_totals(splits)
+        carry, totals = self._ends(splits), self._totals(splits)
         tensors = [dy, states, du, ddelta, dz, parts, *sums.split(widths, dim=1)]
         sizes = [dy.stride(0), dy.stride(1), self.batch, sums.stride(0)]
         words = self.channels % 2 == dy.stride(0) % 2 == dy.stride(1) % 2 == dy.data_ptr() % 4 == 0
-        copied = int(words and _copies_fit(self.n, plan))
+        copied = int(words and _copies_fit(self.n, plan, cuda.shared_memory(u.device)))
         if splits > 1:
-            ends, _ = self._ends_and_totals(splits)
+            ends = self._ends(splits)
             self._launch(plan, [*tensors, ends, totals], sizes, SUMMARY=1, COPIED=copied)
             carry_splits(ends, totals, self._decays(), carry, carry.stride(1), carry.stride(2), reverse=True)
         self._launch(plan, [*tensors, carry, totals], sizes, SUMMARY=0, COPIED=copied)
@@ -200,10 +200,13 @@ class Sequence:
     def _splits(self, plan: Plan) -> int:
         return -(-self.tiles // plan.tiles_per_split)
 
-    def _ends_and_totals(self, splits: int) -> tuple[Tensor, Tensor]:
-        """Room for the end of every split (batch, groups, splits, N, channels), and for its sum of delta."""
-        shape = (self.batch, self.groups, splits)
-        return tuple(self.u.new_empty((*shape, *rest, self.channels), dtype=torch.float32) for rest in ((self.n,), ()))
+    def _ends(self, splits: int) -> Tensor:
+        """Room for a state of every split (batch, groups, splits, N, channels)."""
+        return self.u.new_empty((self.batch, self.groups, splits, self.n, self.channels), dtype=torch.float32)
+
+    def _totals(self, splits: int) -> Tensor:
+        """Room for the sum of delta of every split (batch, groups, splits, channels)."""
+        return self.u.new_empty((self.batch, self.groups, splits, self.channels), dtype=torch.float32)
 
     def _decays(self) -> Tensor:
         """A as (groups, N, channels)."""
@@ -236,9 +239,10 @@ def shape_macros(n: int, plan: Plan) -> dict[str, int]:
     return {"N": n, "LANES": plan.lanes, "WARPS": plan.warps, "BLOCKS": _blocks_at_once(n, plan)}
 
 
-def _copies_fit(n: int, plan: Plan) -> bool:
-    """Whether copies of dy, B and C leave room for as many blocks of the backward."""
-    return cuda.blocks_that_fit(_shared_bytes(n, plan, copied=True)) >= _blocks_at_once(n, plan)
+def _copies_fit(n: int, plan: Plan, shared_memory: int) -> bool:
+    """Whether copies of dy, B and C leave room for a block of the backward, and for as many blocks."""
+    shared_bytes = _shared_bytes(n, plan, copied=True)
+    return shared_bytes <= shared_memory and cuda.blocks_that_fit(shared_bytes) >= _blocks_at_once(n, plan)
 
 
 def _shared_bytes(n: int, plan: Plan, summary: bool = False, copied: bool = False) -> int:

@@ -1,7 +1,7 @@
-// Runs a CUDA kernel on a CPU, block after block, every thread a fiber: enough of the language for ops/csrc, exact in its
-// synchronisation. The threads of every other block take their turns from the last one down, so that a missing barrier shows
-// whichever of two threads it should hold up. A barrier that not every thread reaches, or a collective outside of a whole warp, is
-// reported as a deadlock.
+// Runs a CUDA kernel on a CPU, block after block, every thread a fiber: enough of the language for ops/csrc. Threads run as far ahead of
+// each other as barriers let them, a warp of all others, a lane of its warp, in every other block from the last one down, so that a
+// missing barrier shows whichever of two it should hold up. A barrier that not every thread reaches, or a collective outside of a whole
+// warp, is reported as a deadlock.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -31,7 +31,6 @@ struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     State state;
-    bool waits;  // for a barrier's next phase, since before its last turn
 };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
@@ -66,6 +65,23 @@ static bool begins() {  // whether no thread of the block has yet run
     first_thread = false;
     return first;
 }
+static bool run_warp(int first) {  // as far as it comes without the others; whether it came any further
+    bool ran = false;
+    for (bool asks = true;; asks = false) {  // once whether a phase is over
+        bool goes_on = false;
+        for (int turn = 0; turn < 32; turn++) {
+            current = first + (blockIdx.x % 2 ? 31 - turn : turn);
+            const bool waits = fibers[current].state == AT_PHASE;
+            if (fibers[current].state != READY && !(waits && asks)) continue;
+            threadIdx.x = current;
+            swapcontext(&scheduler, &fibers[current].context);
+            goes_on = goes_on || !waits || fibers[current].state != AT_PHASE;
+        }
+        goes_on = release(first, 32, AT_WARP) || goes_on;
+        if (!goes_on) return ran;
+        ran = true;
+    }
+}
 static int run_block(int threads) {
     first_thread = true;
     fibers.resize(threads);
@@ -80,19 +96,12 @@ static int run_block(int threads) {
     }
     for (std::vector<Copy> &pending : copies) pending.clear();
     for (;;) {
-        bool ran = false, done = true;
-        for (Fiber &fiber : fibers) fiber.waits = fiber.state == AT_PHASE;
-        for (int turn = 0; turn < threads; turn++) {
-            current = blockIdx.x % 2 ? threads - 1 - turn : turn;
-            if (fibers[current].state == READY || fibers[current].state == AT_PHASE) {
-                threadIdx.x = current;
-                swapcontext(&scheduler, &fibers[current].context);
-                ran = ran || !(fibers[current].waits && fibers[current].state == AT_PHASE);
-            }
-            done = done && fibers[current].state == DONE;
+        bool ran = false;
+        for (int i = 0; i < threads / 32; i++) {
+            const int warp = blockIdx.x % 2 ? threads / 32 - 1 - i : i;
+            ran = run_warp(32 * warp) || ran;
         }
-        if (done) return 0;
-        for (int first = 0; first < threads; first += 32) ran = release(first, 32, AT_WARP) || ran;
+        if (release(0, threads, DONE)) return 0;
         ran = release(0, threads, AT_BLOCK) || ran;
         if (!ran) return 1;
     }

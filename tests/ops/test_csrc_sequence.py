@@ -184,8 +184,7 @@ CUTS = [(4, {}), (4, {"tiles_per_split": 1}), (16, {"kernel": SPREAD}), (16, {"k
 def test_without_a_gradient_no_states_are_kept(kernels, plan, state, cut):  # noqa: F811
     plan(**cut)
     inputs = selective_scan_inputs(2, 16, 37, state, groups=2, device=DEVICE, dtype=F16)
-    expected = selective_scan(**inputs | {"u": inputs["u"].clone().requires_grad_()}, delta_softplus=True, backend="triton")
-    assert torch.equal(selective_scan(**inputs, delta_softplus=True, backend="triton"), expected)
+    expected = selective_scan(**inputs, delta_softplus=True, backend="triton")
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     operands = [inputs[name].requires_grad_() for name in names]
     with torch.no_grad():
@@ -193,7 +192,7 @@ def test_without_a_gradient_no_states_are_kept(kernels, plan, state, cut):  # no
     assert torch.equal(y, expected)
     y, _, states = torch.ops.visionssm.selective_scan(*operands, True, False, False)
     assert states.numel() == 0
-    with pytest.raises(RuntimeError, match="keep_states"):
+    with pytest.raises(RuntimeError, match="no gradient of a selective_scan"):
         y.sum().backward()
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -169,6 +170,7 @@ def test_a_kernel_that_does_not_compile_is_told_once(monkeypatch):
         raise RuntimeError("Kernel compilation failed: no such intrinsic")
 
     monkeypatch.setattr(torch.cuda, "_compile_kernel", compile_kernel)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     case = ("scan_forward", ("-DRANK=-1",), torch.device("cuda", 0), 0)
     with (
@@ -179,6 +181,28 @@ def test_a_kernel_that_does_not_compile_is_told_once(monkeypatch):
     with pytest.raises(cuda.NotCompiledError):
         cuda.compile_kernel(*case)
     assert tried == [["-DRANK=-1"]]
+
+
+def test_every_thread_has_a_context_before_it_launches(monkeypatch):
+    pytest.importorskip("triton")
+    from visionssm.ops.kernels import cuda
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append((threading.get_ident(), device)))
+    monkeypatch.setattr(cuda, "_compiled", lambda *case: print)
+    monkeypatch.setattr(cuda, "_thread", threading.local())
+    first, second = (torch.device("cuda", i) for i in range(2))
+
+    def launch_all():
+        for device in (first, second, first):
+            cuda.compile_kernel("scan_forward", (), device, 0)
+
+    thread = threading.Thread(target=launch_all)
+    thread.start()
+    thread.join()
+    launch_all()
+    assert [device for _, device in asked] == 2 * [first, second]
+    assert len({ident for ident, _ in asked}) == 2
 
 
 def test_the_kernels_can_be_turned_off(monkeypatch):

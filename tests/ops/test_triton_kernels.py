@@ -302,6 +302,19 @@ def test_no_second_derivative():
         du.sum().backward()
 
 
+def test_gradient_through_vmap():
+    """Under vmap no operand says that it requires a gradient."""
+    inputs = selective_scan_inputs(1, 4, 5, 2, dtype=F32, device=DEVICE)
+    u = torch.stack([inputs.pop("u"), inputs["z"]]).requires_grad_()
+
+    def scan(u):
+        return selective_scan(u, **inputs, delta_softplus=True, backend="triton")
+
+    both = torch.vmap(scan)(u), torch.stack([scan(v) for v in u])
+    actual, expected = (torch.autograd.grad(y.square().sum(), u)[0] for y in both)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_results_lie_as_the_operator_promises():
     """Sequence-first tensors: what comes back is channels-last all the same, which compiled code relies on."""
     inputs = selective_scan_inputs(2, 8, 5, 2, dtype=F32, device=DEVICE)
